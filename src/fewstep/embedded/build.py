@@ -1,0 +1,141 @@
+"""Build the embedded teacher from nothing: autoencoder, latents, teacher, judge, pipeline folder. Resumable.
+
+Everything is kept in one work folder; a stage whose file is there is not repeated, and the teacher's own training
+continues from its last state. Several processes (`torchrun --standalone --nproc_per_node=2 -m fewstep teacher train`)
+share the teacher's batch; the other stages run in the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fewstep.embedded.autoencoder import train_autoencoder
+from fewstep.embedded.judge import Judge, judge_accuracy, train_judge
+from fewstep.embedded.teacher import Latents, TeacherOptions, TeacherTraining, build_pipeline
+from fewstep.errors import FewstepError
+
+Report = Callable[[str], None]
+TEACHER_FOLDER = "emoji-teacher"
+JUDGE_FILE = "emoji-judge.safetensors"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How much each stage trains."""
+
+    autoencoder_iterations: int = 1_100
+    """Batches of 64 crops of 32x32."""
+    judge_iterations: int = 1_200
+    """Batches of 64 scenes."""
+    save_seconds: float = 300.0
+    """How often the teacher's training state is saved."""
+
+
+def shipped(name: str) -> Path:
+    """The path of a shipped asset."""
+    path = Path(str(files("fewstep") / "assets" / name))
+    if not path.exists():
+        raise FewstepError(f"The shipped asset {name} is missing from {path.parent}; reinstall the package.")
+    return path
+
+
+def build_teacher(
+    out: Path, options: TeacherOptions, build: BuildOptions, *, device: str = "cpu", report: Report = print
+) -> Path:
+    """Run all stages in `out`; returns the pipeline folder. Cost: hours on two cores, minutes on a GPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    say: Report = report if rank == 0 else lambda _: None
+    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        _autoencoder(out, build, say)
+        _latents(out, options, say)
+    if world > 1:
+        dist.barrier()
+    training = TeacherTraining(_load_latents(out), options, device, rank, world)
+    _train(training, out / "teacher.safetensors", build, say)
+    if rank == 0:
+        _judge(out, build, say)
+        return export(training, out)
+    return out / TEACHER_FOLDER
+
+
+def _autoencoder(out: Path, build: BuildOptions, say: Report) -> None:
+    if (out / "autoencoder").exists():
+        return
+    total = build.autoencoder_iterations
+    autoencoder = train_autoencoder(total, lambda i, loss: say(f"autoencoder {i}/{total} loss {loss:.4f}"))
+    autoencoder.save_pretrained(out / "autoencoder.tmp")
+    (out / "autoencoder.tmp").rename(out / "autoencoder")
+
+
+def _latents(out: Path, options: TeacherOptions, say: Report) -> None:
+    from diffusers import AutoencoderTiny
+    from safetensors.torch import save_file
+
+    path = out / "latents.safetensors"
+    if path.exists():
+        return
+    say("encoding the scenes")
+    latents = Latents.encode(AutoencoderTiny.from_pretrained(out / "autoencoder"), options.seed)
+    save_file({"latents": latents.latents.contiguous()}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+
+
+def _load_latents(out: Path) -> Latents:
+    from safetensors.torch import load_file
+
+    return Latents(load_file(out / "latents.safetensors")["latents"])
+
+
+def _train(training: TeacherTraining, path: Path, build: BuildOptions, say: Report) -> None:
+    if path.exists():
+        training.load(path)
+        say(f"continuing the teacher from iteration {training.iteration}")
+    start, first, saved = time.monotonic(), training.iteration, time.monotonic()
+    for iteration, loss in training.run():
+        speed = (iteration - first) / (time.monotonic() - start)
+        left = (training.options.iterations - iteration) / speed / 60
+        say(f"teacher {iteration}/{training.options.iterations} loss {loss:.4f}, {left:.0f} min left")
+        done = iteration == training.options.iterations
+        if training.rank == 0 and (done or time.monotonic() - saved > build.save_seconds):
+            training.save(path)
+            saved = time.monotonic()
+
+
+def _judge(out: Path, build: BuildOptions, say: Report) -> None:
+    from diffusers import AutoencoderTiny
+
+    if (out / JUDGE_FILE).exists():
+        return
+    autoencoder = AutoencoderTiny.from_pretrained(out / "autoencoder")
+    total = build.judge_iterations
+    judge = train_judge(autoencoder, total, lambda i, loss: say(f"judge {i}/{total} loss {loss:.4f}"))
+    judge.save(out / JUDGE_FILE)
+    accuracy = judge_accuracy(Judge.load(out / JUDGE_FILE))
+    (out / "emoji-judge.json").write_text(json.dumps({"held-out accuracy": accuracy}, indent=1) + "\n")
+    say("judge on held-out scenes: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in accuracy.items()))
+
+
+def export(training: TeacherTraining, out: Path) -> Path:
+    """Write the averaged teacher as an ordinary pipeline folder in half precision; returns it."""
+    from diffusers import AutoencoderTiny
+
+    model = training.averaged()
+    autoencoder = AutoencoderTiny.from_pretrained(out / "autoencoder")
+    pipeline = build_pipeline(autoencoder, model.tokenizer, model.text_encoder, model.transformer)
+    folder = out / TEACHER_FOLDER
+    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    notes = {"iterations": training.iteration, **asdict(training.options)}
+    (folder / "training.json").write_text(json.dumps(notes, indent=1) + "\n")
+    return folder
