@@ -1,0 +1,290 @@
+"""Teachers that are diffusers pipelines, and the seam where a new network family is added.
+
+A `Backbone` holds a loaded pipeline and knows everything about its family that the rest of the library must not: how
+the network is called, what it predicts, how prompts are encoded, which layers take adapters. It is a border: inside,
+integer timesteps, learned variances and text masks; outside, `call(network, x, t, condition) -> denoised` with t in [0,
+1].
+
+**A new family** is a subclass of `Backbone` with its abstract methods (see `pixart.py`), registered by the class name
+that `model_index.json` gives its network:
+
+    from fewstep.models import Backbone, register_backbone
+
+    @register_backbone("SD3Transformer2DModel")
+    class SD3(Backbone):
+        ...
+
+Weights are read from safetensors only, and code that lies in a folder is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.process import Process, process_from_scheduler
+from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
+from fewstep.models.quiet import quiet_libraries
+
+BACKBONES: dict[str, type[Backbone]] = {}
+"""Adapters by the class name of the network in `model_index.json`; filled by `register_backbone`."""
+
+_LIBRARIES = ("diffusers", "transformers")
+_OWN_LIBRARIES = ("fewstep.models.steps_aware", "fewstep.models.flow_scheduler")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+Predict = Callable[[Tensor, Tensor], Tensor]
+_Kind = TypeVar("_Kind", bound="type[Backbone]")
+
+
+class Backbone(ABC):
+    """A frozen pipeline as a teacher.
+
+    Args:
+        pipeline: the loaded diffusers pipeline; its network is frozen and put in eval mode.
+        source: the folder or Hub id it came from.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]] = ()
+    """Where not empty: the pipelines this adapter imitates; others are refused."""
+
+    adapter_layers: ClassVar[tuple[str, ...]] = ()
+    """Ends of the names of the linear layers that take adapters by default."""
+
+    def __init__(self, pipeline: Any, source: str) -> None:
+        self.pipeline, self.source = pipeline, source
+        self.network: nn.Module = pipeline.transformer.requires_grad_(False).eval()
+        """The teacher's network. Shared, never trained: see `fewstep.models.roles` for what is."""
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        process, prediction = process_from_scheduler(pipeline.scheduler.config)
+        self.process: Process = process
+        self.prediction: str = prediction
+        """What the network predicts, one of `fewstep.core.prediction.PREDICTIONS`."""
+        self._null: Condition | None = None
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent, without the batch axis."""
+
+    @abstractmethod
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """One forward of `network` (the teacher's or one of the same family) as a denoised sample.
+
+        Args:
+            network: of the class of `self.network`, or its steps-aware kind.
+            x: (B, *latent_shape), any float dtype; the network is fed its own.
+            t: (B,) in [0, 1].
+            condition: what `encode` returns; steps-aware networks also read "steps" and "landing", others ignore them.
+
+        Returns:
+            (B, *latent_shape) in the dtype of `x`.
+        """
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """What the pipeline itself makes of `prompts`, one row each, on the backbone's device; no gradient."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, *latent_shape) -> images (B, 3, H, W) uint8 on the CPU, the very pixels the pipeline returns."""
+
+    @abstractmethod
+    def steps_aware(self) -> nn.Module:
+        """The network as its steps-aware kind, sharing the teacher's weights; new weights make no difference yet."""
+
+    @abstractmethod
+    def pipeline_with(self, network: nn.Module, scheduler: Any) -> Any:
+        """A pipeline of the teacher's other parts around a student's plain or steps-aware `network`."""
+
+    @abstractmethod
+    def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
+        """Latents that the family's own pipeline makes of `noise`, with `predict` in place of its network.
+
+        Args:
+            predict: (x (B, *latent_shape), network time (B,)) -> what a network would predict, of the shape of x.
+            scheduler: drives the pipeline.
+            noise: (B, *latent_shape) standard normal.
+            call: arguments of the pipeline's call, such as num_inference_steps.
+        """
+
+    @classmethod
+    def pipeline_class(cls, name: str) -> Any:
+        """What to load the pipeline class `name` of `model_index.json` with."""
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline
+
+    def null_condition(self) -> Condition:
+        """The encoded empty prompt, one row: the unconditional input of guidance. Encoded once."""
+        if self._null is None:
+            self._null = self.encode([""])
+        return self._null
+
+    def adapter_targets(self, layers: str) -> list[str]:
+        """Names for PEFT's `target_modules`: "attention+ff" (the family's usual layers) or "all-linear"."""
+        if layers == "attention+ff":
+            return list(self.adapter_layers)
+        if layers == "all-linear":
+            return [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)]
+        raise FewstepError(
+            f"found adapter layers {layers!r}, expected 'attention+ff' or 'all-linear', fix: name one of these"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: str | torch.device) -> Backbone:
+        """Move every part; dtypes stay. Call before roles are built: they share or copy what is there."""
+        self.pipeline.to(device)
+        self._null = None
+        return self
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal (B, *shape) float32 on the CPU, one generator per seed.
+
+    The numbers a diffusers pipeline draws with `generator=[torch.Generator().manual_seed(s) for s in seeds]`.
+    """
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def register_backbone(network_class: str) -> Callable[[_Kind], _Kind]:
+    """Class decorator: use this adapter for pipelines whose network is of that class in `model_index.json`."""
+
+    def register(kind: _Kind) -> _Kind:
+        BACKBONES[network_class] = kind
+        return kind
+
+    return register
+
+
+def load_backbone(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> Backbone:
+    """Load any pipeline whose network has an adapter.
+
+    Args:
+        source: a diffusers pipeline folder or a Hub id ("owner/name").
+        dtype: of all weights: float32, or bfloat16 for a frozen base that takes half the memory.
+        device: where to put it.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        FewstepError: no pipeline there, no adapter for its network, weights that are pickles, or parts that would need
+            code from the folder.
+    """
+    from diffusers import DiffusionPipeline
+
+    kind, index = _adapter_for(_read_index(source, revision), source)
+    folder = Path(source)
+    try:
+        if not folder.is_dir():
+            folder = Path(DiffusionPipeline.download(str(source), revision=revision, use_safetensors=True))
+        refuse_pickles(folder)
+        with quiet_libraries():
+            pipeline_class = kind.pipeline_class(index["_class_name"])
+            pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        if pipeline.transformer.dtype != dtype:  # older versions of diffusers do not know `dtype`
+            pipeline.to(dtype)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FewstepError):
+            raise
+        raise FewstepError(
+            f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
+            "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
+        ) from error
+    return kind(pipeline.to(device), str(source))
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises FewstepError if some part of a pipeline folder has weights only as pickles."""
+    for part in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        suffixes = {path.suffix for path in part.iterdir()}
+        found = sorted(suffixes.intersection(_PICKLES))
+        if found and ".safetensors" not in suffixes:
+            raise FewstepError(
+                f"found weights as {', '.join(found)} in {part}, expected safetensors (a pickle can run any code when "
+                "it is read), fix: load the pipeline where you trust it and save it "
+                "with save_pretrained(safe_serialization=True)"
+            )
+
+
+def _read_index(source: str | Path, revision: str | None) -> dict[str, Any]:
+    """`model_index.json` of a folder or Hub id."""
+    folder = Path(source)
+    if folder.exists():
+        try:
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FewstepError(
+                f"found no readable model_index.json in {folder}, expected a diffusers pipeline folder, fix: pass the "
+                "folder that save_pretrained of the whole pipeline wrote (not of one part)"
+            ) from error
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        from diffusers import DiffusionPipeline
+
+        try:
+            index = DiffusionPipeline.load_config(str(source), revision=revision)
+        except (OSError, ValueError) as error:
+            raise FewstepError(
+                f"found neither a folder nor a reachable Hub pipeline named {source} ({error}), expected one of these, "
+                "fix: check the name and the network"
+            ) from error
+    else:
+        raise FewstepError(
+            f"found nothing at {source}, expected a diffusers pipeline folder or a Hub id like 'owner/name', "
+            "fix: check the path"
+        )
+    if not isinstance(index, dict):
+        raise FewstepError(f"found a list in model_index.json of {source}, expected an object, fix: save it anew")
+    return index
+
+
+def _adapter_for(index: dict[str, Any], source: str | Path) -> tuple[type[Backbone], dict[str, Any]]:
+    """The adapter of the pipeline that `index` describes, after a look at what loading it would run."""
+    from fewstep.models import pixart  # noqa: F401  (registers itself)
+
+    if not isinstance(index.get("_class_name"), str):  # a list names a file with code
+        raise FewstepError(
+            f"found a pipeline class {index.get('_class_name')!r} in {source}, expected a class of diffusers (code of "
+            "others is not run), fix: use a stock pipeline"
+        )
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    network = next((part[1] for name, part in parts.items() if name in ("transformer", "unet")), None)
+    kind = BACKBONES.get(str(network))
+    if kind is None:
+        raise FewstepError(
+            f"found a {index['_class_name']} with the network {network} in {source}, expected one of "
+            f"{sorted(BACKBONES)}, fix: write an adapter (a subclass of fewstep.models.Backbone, see its module's "
+            "docstring) and register it with @register_backbone"
+        )
+    if kind.pipeline_classes and index["_class_name"] not in kind.pipeline_classes:
+        raise FewstepError(
+            f"found a {index['_class_name']} in {source}, expected one of {list(kind.pipeline_classes)}, fix: save the "
+            "parts as one of these pipelines, or register an adapter that imitates yours"
+        )
+    for name, (library, _) in parts.items():
+        if library in _OWN_LIBRARIES:
+            import_module(library)  # diffusers looks up classes of others among the imported modules
+        elif library is not None and library not in _LIBRARIES:
+            raise FewstepError(
+                f"found part {name!r} of {source} from the library {library!r}, expected diffusers or transformers "
+                "(code of others is not run), fix: use a pipeline of stock parts"
+            )
+    return kind, index

@@ -1,0 +1,237 @@
+"""A trained student as an ordinary diffusers folder or LoRA, written so that a kill never leaves half of one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core import grids as time_grids
+from fewstep.errors import FewstepError
+from fewstep.models.backbone import Backbone
+from fewstep.models.quiet import quiet_libraries
+from fewstep.models.roles import STUDENT, Roles
+from fewstep.models.schedulers import Sampling, choose_scheduler
+
+Form = Literal["pipeline", "lora"]
+CARD = "fewstep.json"
+CARD_FORMAT = 1
+
+
+def save_student(
+    folder: str | Path,
+    roles: Roles,
+    grids: Sequence[Tensor],
+    *,
+    method: str,
+    form: Form = "pipeline",
+    dtype: torch.dtype = torch.float32,
+    details: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the student to `folder`, replacing a student that is there.
+
+    "pipeline" is a whole diffusers pipeline, adapters merged, with a scheduler that reproduces our sampler on every
+    grid: `DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=K, guidance_scale=1)` needs no fewstep
+    unless the student is steps-aware. "lora" is the adapter alone in PEFT's format and the scheduler; the teacher is
+    named in it.
+
+    Args:
+        folder: written under a temporary name beside it, then renamed.
+        roles: over a pipeline backbone.
+        grids: one time grid (K+1,) for each step count K the student is for.
+        method: the method's name, for the card.
+        form: "lora" only for adapter roles that are not steps-aware.
+        dtype: of the weights on disk, float32 or float16; the folder loads as float32 either way.
+        details: more for `fewstep.json`, JSON-able (options, iterations, metrics).
+
+    Returns:
+        `folder` as a path.
+
+    Raises:
+        FewstepError: no scheduler follows the grids, the folder holds something else, or the form does not fit the
+            roles.
+    """
+    backbone = roles.backbone
+    if not isinstance(backbone, Backbone):
+        raise FewstepError(
+            "found a student of a function teacher, expected one of a pipeline backbone, fix: save its module with "
+            "safetensors yourself"
+        )
+    _check_form(form, roles)
+    sampling = choose_scheduler(backbone, [time_grids.validated(grid) for grid in grids])
+    card: dict[str, Any] = {
+        "format": CARD_FORMAT,
+        "form": form,
+        "method": method,
+        "teacher": _absolute(backbone.source),
+        "steps_aware": roles.steps_aware,
+        "grids": {str(len(grid) - 1): grid.tolist() for grid in grids},
+        "call": {str(count): call for count, call in sampling.calls.items()},
+        "versions": _versions(),
+        "details": dict(details or {}),
+    }
+    with written_atomically(Path(folder)) as temporary:
+        if form == "pipeline":
+            pipeline = backbone.pipeline_with(roles.student_network(), sampling.scheduler)
+            save_pipeline(pipeline, temporary, dtype)
+            usage = _pipeline_usage(pipeline, sampling)
+        else:
+            _save_lora(temporary, roles, dtype)
+            sampling.scheduler.save_pretrained(temporary / "scheduler")
+            usage = _lora_usage(backbone.pipeline, card["teacher"], sampling)
+        (temporary / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+        (temporary / "README.md").write_text(_readme(card, usage), encoding="utf-8")
+    return Path(folder)
+
+
+def save_pipeline(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a pipeline as safetensors in `dtype`, so that it loads as float32 unless told otherwise.
+
+    diffusers loads its models as float32 by default, transformers 5 in the dtype that its config names; with float16
+    files the two would not fit together. So the config names float32.
+    """
+    with quiet_libraries():
+        parts = {
+            name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) and part.dtype != dtype else part
+            for name, part in pipeline.components.items()
+        }
+        type(pipeline)(**parts).save_pretrained(folder, safe_serialization=True)
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key in config.keys() & {"dtype", "torch_dtype"}:
+            config[key] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_atomically(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `folder`; nothing changes there if the block fails.
+
+    Raises:
+        FewstepError: `folder` exists, is not empty and holds no student.
+    """
+    if folder.exists() and not (folder.is_dir() and ((folder / CARD).is_file() or not any(folder.iterdir()))):
+        raise FewstepError(
+            f"found something that is not a student at {folder}, expected a new folder, an empty one or a student to "
+            "replace, fix: choose another folder"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_form(form: str, roles: Roles) -> None:
+    if form not in get_args(Form):
+        raise FewstepError(f"found form {form!r}, expected one of {get_args(Form)}, fix: name one of these")
+    if form == "lora" and (roles.student_seat.adapter is None or roles.steps_aware):
+        what = "a steps-aware student" if roles.steps_aware else "a student that is a full network"
+        raise FewstepError(
+            f"found {what} to be saved as a LoRA, expected an adapter that is not told its step count, fix: save the "
+            "pipeline (form 'pipeline')"
+        )
+
+
+def _save_lora(folder: Path, roles: Roles, dtype: torch.dtype) -> None:
+    """The two files that `PeftModel.from_pretrained(pipeline.transformer, folder)` reads."""
+    from safetensors.torch import save_file
+
+    seat = roles.student_seat
+    assert isinstance(roles.backbone, Backbone)
+    config = copy.copy(seat.network.peft_config[STUDENT])  # type: ignore[index]
+    config.base_model_name_or_path = _absolute(roles.backbone.source)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    weights = {
+        f"base_model.model.{name.replace(f'.{STUDENT}.', '.')}": value.to(dtype).contiguous().cpu()
+        for name, value in roles.student_state().items()
+    }
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _absolute(source: str) -> str:
+    """A Hub id as it is, a folder in full."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in ("fewstep", "torch", "diffusers", "transformers", "peft"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return versions
+
+
+def _pipeline_usage(pipeline: Any, sampling: Sampling) -> list[str]:
+    """Lines that sample the pipeline folder FOLDER."""
+    aware = hasattr(pipeline.transformer, "call_embedder")
+    loader, home = (type(pipeline).__name__, type(pipeline).__module__) if aware else ("DiffusionPipeline", "diffusers")
+    scheduler_home = type(sampling.scheduler).__module__
+    return [
+        *([f"import {scheduler_home}"] if scheduler_home.startswith("fewstep") else []),
+        f"from {home} import {loader}",
+        "",
+        f'pipeline = {loader}.from_pretrained("FOLDER")',
+        *_calls(sampling, pipeline, told_binning=aware),
+    ]
+
+
+def _lora_usage(teacher: Any, source: str, sampling: Sampling) -> list[str]:
+    """Lines that sample the LoRA folder FOLDER on the teacher."""
+    scheduler, home = type(sampling.scheduler).__name__, type(sampling.scheduler).__module__
+    return [
+        "from diffusers import DiffusionPipeline",
+        f"from {home.split('.')[0] if home.startswith('diffusers') else home} import {scheduler}",
+        "from peft import PeftModel",
+        "",
+        f'pipeline = DiffusionPipeline.from_pretrained("{source}")',
+        'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "FOLDER")',
+        f'pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")',
+        *_calls(sampling, teacher),
+    ]
+
+
+def _calls(sampling: Sampling, pipeline: Any, told_binning: bool = False) -> list[str]:
+    """One call for each step count."""
+    binned = told_binning or pipeline.transformer.config.sample_size in (32, 64, 128)
+    more = "" if binned else ", use_resolution_binning=False"  # PixArt's pipeline refuses other sizes without
+    return [
+        f'image = pipeline("a prompt", {name}={value}, guidance_scale=1{more}).images[0]'
+        for call in sampling.calls.values()
+        for name, value in call.items()
+    ]
+
+
+def _readme(card: Mapping[str, Any], usage: Sequence[str]) -> str:
+    counts = ", ".join(card["grids"])
+    return "\n".join(
+        [
+            f"# A few-step student ({card['method']})",
+            "",
+            f"Made from {card['teacher']} by fewstep, for {counts} network calls without guidance.",
+            "",
+            "```python",
+            *usage,
+            "```",
+            "",
+        ]
+    )

@@ -1,0 +1,258 @@
+"""Teacher, student and critic over one backbone, in three arrangements.
+
+| kind       | teacher            | student          | critic           | weights in memory      |
+|------------|--------------------|------------------|------------------|------------------------|
+| "adapters" | base, adapters off | LoRA on the base | LoRA on the base | 1 network + 2 adapters |
+| "copies"   | the network        | full copy        | full copy        | 3 networks             |
+| "mixed"    | base, adapter off  | full copy        | LoRA on the base | 2 networks + 1 adapter |
+
+All start as the teacher, exactly. The teacher's weights are the backbone's own, shared and never trained. What is
+trained is float32; the frozen base is in whatever dtype the backbone was loaded. Text encoder and autoencoder have no
+part in this.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.process import Process
+from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
+from fewstep.models.adapters import (
+    PerAdapter,
+    Switch,
+    adapter_parameters,
+    add_adapter,
+    checkpoint_function,
+    merge_adapter,
+    shared_copy,
+)
+from fewstep.models.backbone import Backbone
+
+Kind = Literal["adapters", "copies", "mixed"]
+Layers = Literal["attention+ff", "all-linear"]
+STUDENT, CRITIC = "student", "critic"
+_TOLD = ("steps", "landing")  # what the teacher must not be told
+
+
+class Caller(Protocol):
+    """What roles need of a backbone or of a `FunctionTeacher`."""
+
+    process: Process
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+
+    def null_condition(self) -> Condition: ...
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a role sits: a network, and the switch position in which the network plays that role."""
+
+    network: nn.Module
+    switch: Switch | None = None
+    adapter: str | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained in this seat, by name."""
+        if self.adapter is None:
+            return dict(self.network.named_parameters())
+        return adapter_parameters(self.network, self.adapter)
+
+
+class Roles:
+    """The three denoisers of a distillation: `teacher`, `student` and `critic`, each `(x, t, condition) -> denoised`.
+
+    x (B, ...), t (B,) in [0, 1], condition with B rows; one network forward each. Calls may come in any order, also
+    between the forward of a role and its backward: gradients are exact, with and without checkpointing.
+    """
+
+    def __init__(self, backbone: Caller, teacher: Seat, student: Seat, critic: Seat | None) -> None:
+        self.backbone, self.process = backbone, backbone.process
+        self._teacher, self._student, self._critic = teacher, student, critic
+
+    def teacher(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        told = {name: value for name, value in condition.items() if name not in _TOLD}
+        return self._call(self._teacher, x, t, told)
+
+    def student(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self._call(self._student, x, t, condition)
+
+    def critic(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self._call(self._need_critic(), x, t, condition)
+
+    def null(self, condition: Condition) -> Condition:
+        """`condition` with the prompt replaced by the empty one, row by row; "steps" and the like stay."""
+        if not condition:
+            return {}
+        null = self.backbone.null_condition()
+        return {
+            name: null[name].expand(len(value), *null[name].shape[1:]).to(value) if name in null else value
+            for name, value in condition.items()
+        }
+
+    def student_parameters(self) -> list[nn.Parameter]:
+        return list(self._student.parameters().values())
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return list(self._need_critic().parameters().values())
+
+    def student_state(self) -> dict[str, Tensor]:
+        """The trained tensors of the student by name, detached and not copied."""
+        return {name: value.detach() for name, value in self._student.parameters().items()}
+
+    def critic_state(self) -> dict[str, Tensor]:
+        """The trained tensors of the critic by name, detached and not copied."""
+        return {name: value.detach() for name, value in self._need_critic().parameters().items()}
+
+    def load_student_state(self, state: Mapping[str, Tensor]) -> None:
+        """Write what `student_state` returned back into the student, in place."""
+        _load(self._student, state, STUDENT)
+
+    def load_critic_state(self, state: Mapping[str, Tensor]) -> None:
+        """Write what `critic_state` returned back into the critic, in place."""
+        _load(self._need_critic(), state, CRITIC)
+
+    @property
+    def student_seat(self) -> Seat:
+        return self._student
+
+    @property
+    def steps_aware(self) -> bool:
+        """Whether student and critic read the condition "steps"."""
+        return hasattr(self._student.network, "call_embedder")
+
+    def student_network(self) -> nn.Module:
+        """The student as a network of its own, float32, adapters merged: what is exported. A copy, frozen."""
+        seat = self._student
+        if seat.adapter is None:
+            network = copy.deepcopy(seat.network)
+            if getattr(network, "is_gradient_checkpointing", False):
+                network.disable_gradient_checkpointing()
+        else:
+            assert isinstance(self.backbone, Backbone)
+            network = _own_copy(self.backbone, self.steps_aware)
+            merge_adapter(seat.network, seat.adapter, into=network)
+        return network.requires_grad_(False).eval()
+
+    def _need_critic(self) -> Seat:
+        if self._critic is None:
+            raise FewstepError("found roles without a critic, expected one, fix: pass a critic network")
+        return self._critic
+
+    def _call(self, seat: Seat, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        if seat.switch is not None:
+            seat.switch.select(seat.adapter)
+        return self.backbone.call(seat.network, x, t, condition)
+
+
+def build_roles(
+    backbone: Backbone,
+    kind: Kind = "adapters",
+    *,
+    rank: int = 32,
+    critic_rank: int | None = None,
+    alpha: float | None = None,
+    layers: Layers = "attention+ff",
+    steps_aware: bool = False,
+    checkpointing: bool = False,
+    seed: int = 0,
+) -> Roles:
+    """Seat the three roles.
+
+    Args:
+        backbone: the teacher.
+        kind: "adapters", "copies" or "mixed" (see the module's table).
+        rank: of the student's adapter, at least 1.
+        critic_rank: of the critic's; as the student's unless told. A smaller one is warned of: the critic has to follow
+            the student wherever it goes.
+        alpha: adapters are scaled by alpha / rank; the adapter's own rank unless told, which is scale 1.
+        layers: which layers take adapters: attention and feed-forward, or every linear layer.
+        steps_aware: student and critic read the conditions "steps" and "landing".
+        checkpointing: keep only block inputs for the backward pass and compute the rest again.
+        seed: of the new weights (adapters, step embedding).
+
+    Raises:
+        FewstepError: unknown kind or layers, or a rank below 1.
+    """
+    if kind not in get_args(Kind):
+        raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")
+    ranks = {STUDENT: rank, CRITIC: rank if critic_rank is None else critic_rank}
+    if min(ranks.values()) < 1:
+        raise FewstepError(f"found adapter ranks {ranks}, expected at least 1, fix: 16 to 64 are usual")
+    adapters = {"adapters": [STUDENT, CRITIC], "mixed": [CRITIC], "copies": []}[kind]
+    if kind == "adapters" and ranks[CRITIC] < ranks[STUDENT]:
+        warnings.warn(
+            f"The critic's adapter has rank {ranks[CRITIC]}, less than the student's {ranks[STUDENT]}: a critic that "
+            "cannot follow the student misleads it. Give it at least the same rank.",
+            stacklevel=2,
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base, switch = _adapted_base(backbone, adapters, ranks, alpha, layers, steps_aware)
+        seats = {
+            role: Seat(base, switch, role) if role in adapters else Seat(_trainable(_own_copy(backbone, steps_aware)))
+            for role in (STUDENT, CRITIC)
+        }
+    if checkpointing:
+        for network, its_switch in {(seat.network, seat.switch) for seat in seats.values()}:
+            own_way = checkpoint_function(its_switch) if its_switch else None
+            network.enable_gradient_checkpointing(own_way)
+    return Roles(backbone, Seat(base, switch), seats[STUDENT], seats[CRITIC])
+
+
+def _adapted_base(
+    backbone: Backbone,
+    adapters: list[str],
+    ranks: Mapping[str, int],
+    alpha: float | None,
+    layers: str,
+    steps_aware: bool,
+) -> tuple[nn.Module, Switch | None]:
+    """The frozen base over the backbone's own weights with the adapters in it; the bare network if there are none."""
+    if not adapters:
+        return backbone.network, None
+    base = backbone.steps_aware() if steps_aware else shared_copy(backbone.network)
+    for adapter in adapters:
+        scale = ranks[adapter] if alpha is None else alpha
+        add_adapter(base, adapter, rank=ranks[adapter], alpha=scale, targets=backbone.adapter_targets(layers))
+    if steps_aware:
+        path = base.call_embedder
+        base.set_submodule(path, PerAdapter(base.get_submodule(path), adapters))
+    base.requires_grad_(False)
+    for adapter in adapters:
+        for parameter in adapter_parameters(base, adapter).values():
+            parameter.requires_grad_(True)
+    return base, Switch(base)
+
+
+def _own_copy(backbone: Backbone, steps_aware: bool) -> nn.Module:
+    """A float32 copy of the teacher's network with weights of its own."""
+    return copy.deepcopy(backbone.steps_aware() if steps_aware else backbone.network).float()
+
+
+def _trainable(network: nn.Module) -> nn.Module:
+    return network.requires_grad_(True)
+
+
+@torch.no_grad()
+def _load(seat: Seat, state: Mapping[str, Tensor], role: str) -> None:
+    parameters = seat.parameters()
+    wrong = sorted(parameters.keys() ^ state.keys()) or sorted(
+        name for name, value in parameters.items() if value.shape != state[name].shape
+    )
+    if wrong:
+        raise FewstepError(
+            f"found a {role} state that differs in {len(wrong)} of {len(parameters)} tensors (such as {wrong[0]!r}), "
+            "expected the state of equal roles, fix: build the roles with the kind, rank, layers and step condition "
+            "of the checkpoint"
+        )
+    for name, value in parameters.items():
+        value.copy_(state[name])

@@ -1,0 +1,123 @@
+"""Which diffusers scheduler makes a pipeline sample exactly as the student was trained to.
+
+Nothing is believed: a candidate is accepted when the teacher's own pipeline, driven by it with a stand-in for the
+network, lands where `core.solvers.ddim` lands on the student's grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.prediction import to_denoised
+from fewstep.core.process import DiscreteVP, Flow
+from fewstep.core.solvers import ddim
+from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
+from fewstep.models.backbone import Backbone
+
+_NOISE_SCHEDULE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
+_TOLERANCE = 1e-4  # of the largest latent
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a pipeline samples a student."""
+
+    scheduler: Any
+    calls: dict[int, dict[str, Any]]
+    """For each step count K the arguments of the pipeline's call: num_inference_steps, or all timesteps or sigmas."""
+
+
+def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor]) -> Sampling:
+    """A stock scheduler (flow students of PixArt: one of ours) with which the pipeline reproduces every grid.
+
+    Schedulers that need no more than the step count come first, then those that must be handed the times in each call.
+    No network call; cheap enough to ask before training.
+
+    Args:
+        backbone: the teacher.
+        grids: one time grid (K+1,) per step count K (`core.grids`).
+
+    Raises:
+        FewstepError: none does; with the reason for each candidate.
+    """
+    reasons = []
+    for sampling in _candidates(backbone, grids):
+        problems = (_problem(backbone, sampling, grid) for grid in grids)
+        problem = next((problem for problem in problems if problem), None)
+        if problem is None:
+            fresh = type(sampling.scheduler).from_config(sampling.scheduler.config)
+            return Sampling(fresh, sampling.calls)
+        reasons.append(f"{type(sampling.scheduler).__name__}: {problem}")
+    shown = [[round(time, 4) for time in grid.tolist()] for grid in grids]
+    raise FewstepError(
+        f"found the time grids {shown}, expected ones that a diffusers scheduler can follow ({'; '.join(reasons)}), "
+        "fix: use step counts that divide the number of training steps, or a grid of whole training indices "
+        "(core.grids.explicit)"
+    )
+
+
+def _candidates(backbone: Backbone, grids: Sequence[Tensor]) -> Iterator[Sampling]:
+    import diffusers
+
+    counts = [len(grid) - 1 for grid in grids]
+    by_count = {count: {"num_inference_steps": count} for count in counts}
+    config = {key: value for key, value in backbone.pipeline.scheduler.config.items() if key in _NOISE_SCHEDULE}
+    if isinstance(backbone.process, DiscreteVP):
+        yield Sampling(
+            diffusers.DDIMScheduler(
+                **config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, steps_offset=0
+            ),
+            by_count,
+        )
+        first_order = {"solver_order": 1, "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+        yield Sampling(diffusers.DPMSolverMultistepScheduler(**config, **first_order), by_count)
+        times = {len(grid) - 1: backbone.process.network_time(grid[:-1]).round().long().tolist() for grid in grids}
+        in_full = {count: {"timesteps": times[count]} for count in counts}
+        yield Sampling(diffusers.DPMSolverMultistepScheduler(**config, **first_order), in_full)
+    elif isinstance(backbone.process, Flow):
+        from fewstep.models.flow_scheduler import FlowMatchStepsScheduler
+
+        scale = int(backbone.process.time_scale)
+        sigmas = {len(grid) - 1: grid[:-1].tolist() for grid in grids}
+        in_full = {count: {"sigmas": sigmas[count]} for count in counts}
+        yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=scale), in_full)
+        named = {str(count): times for count, times in sigmas.items()}
+        yield Sampling(FlowMatchStepsScheduler(num_train_timesteps=scale, step_sigmas=named), by_count)
+
+
+def _problem(backbone: Backbone, sampling: Sampling, grid: Tensor) -> str | None:
+    """What is wrong with a candidate on one grid; None if nothing is."""
+    process, asked = backbone.process, []
+
+    def predict(x: Tensor, network_time: Tensor) -> Tensor:
+        """A stand-in network: bounded, not linear, different at every time."""
+        return torch.sin(2 * x + network_time.to(x).view(-1, *[1] * (x.ndim - 1)) / 200)
+
+    def recorded(x: Tensor, network_time: Tensor) -> Tensor:
+        asked.append(float(network_time[0]))
+        return predict(x, network_time)
+
+    def denoise(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output = predict(x, process.network_time(t))
+        return to_denoised(backbone.prediction, output, x, process.alpha(t), process.sigma(t))
+
+    noise = torch.randn(1, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    try:
+        theirs = backbone.run_pipeline(recorded, sampling.scheduler, noise, **sampling.calls[len(grid) - 1])
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        return f"the pipeline cannot drive it for {len(grid) - 1} steps ({error})"
+    wanted = process.network_time(grid[:-1]).tolist()
+    if len(asked) != len(wanted) or any(abs(a - b) > 1e-3 for a, b in zip(asked, wanted, strict=True)):
+        return f"calls the network at {asked} and not at {[round(time, 3) for time in wanted]}"
+    ours = ddim(denoise, noise * process.noise_scale, grid, process, {})
+    distance = float((ours - theirs).abs().max() / ours.abs().max())
+    return f"lands {distance:.1e} of the latents' range away" if distance > _TOLERANCE else None

@@ -1,0 +1,164 @@
+"""A saved student, ready to sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core import grids as time_grids
+from fewstep.core.solvers import SOLVERS
+from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
+from fewstep.models.backbone import Backbone, load_backbone, seeded_noise
+from fewstep.models.export import CARD, CARD_FORMAT
+from fewstep.models.roles import STUDENT
+
+
+class Student:
+    """A few-step network with the grids it was trained on.
+
+    Args:
+        backbone: the pipeline around it.
+        network: the student's network.
+        grids: time grid (K+1,) for each step count K it is for.
+        steps_aware: whether it is told K.
+        card: what `fewstep.json` says.
+    """
+
+    def __init__(
+        self, backbone: Backbone, network: nn.Module, grids: dict[int, Tensor], steps_aware: bool, card: dict[str, Any]
+    ) -> None:
+        self.backbone, self.network, self.grids, self.card = backbone, network, grids, card
+        self.steps_aware = steps_aware
+
+    def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """x (B, ...) at t (B,) -> denoised; one network call."""
+        return self.backbone.call(self.network, x, t, condition)
+
+    @torch.no_grad()
+    def latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "ddim"
+    ) -> Tensor:
+        """Latents (B, ...) float32 for prompts and seeds of equal number, in `steps` network calls; see `sample`."""
+        grid = self._grid(steps)
+        if len(prompts) != len(seeds):
+            raise FewstepError(
+                f"found {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt, "
+                "fix: repeat the shorter"
+            )
+        if solver not in SOLVERS or solver == "lcm":
+            raise FewstepError(
+                f"found solver {solver!r}, expected one of {sorted(SOLVERS.keys() - {'lcm'})}, fix: 'ddim' is what "
+                "students are trained with"
+            )
+        condition = self.backbone.encode(prompts)
+        if self.steps_aware:
+            condition["steps"] = torch.full((len(prompts),), float(len(grid) - 1), device=self.backbone.device)
+        noise = seeded_noise(seeds, self.backbone.latent_shape).to(self.backbone.device)
+        process = self.backbone.process
+        return SOLVERS[solver](self.denoise, noise * process.noise_scale, grid, process, condition)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        *,
+        solver: str = "ddim",
+        batch: int = 32,
+    ) -> Tensor:
+        """Images (B, 3, H, W) uint8 on the CPU.
+
+        Args:
+            prompts: B prompts.
+            seeds: B seeds; a seed gives the noise that the diffusers pipeline draws with a generator of that seed.
+            steps: network calls, one of `self.grids`; the largest unless told.
+            solver: "ddim" (as trained), "dpmpp_2m", or "heun" (2K - 1 calls).
+            batch: how many at a time.
+        """
+        parts = []
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            parts.append(self.backbone.decode(self.latents(prompts[part], seeds[part], steps, solver=solver)))
+        if not parts:
+            raise FewstepError("found no prompt, expected at least one, fix: pass a prompt")
+        return torch.cat(parts)
+
+    def _grid(self, steps: int | None) -> Tensor:
+        steps = max(self.grids) if steps is None else steps
+        if steps not in self.grids:
+            raise FewstepError(
+                f"found steps = {steps}, expected one of {sorted(self.grids)} (what this student was trained for), "
+                "fix: ask for one of these"
+            )
+        return self.grids[steps]
+
+
+def load_student(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Student:
+    """Load what `save_student` wrote: a pipeline folder, or a LoRA with the teacher that it names.
+
+    Raises:
+        FewstepError: no student there, weights that are pickles, or parts that would need code from the folder.
+    """
+    folder = Path(folder)
+    card, grids = _read_card(folder)
+    if card["form"] == "pipeline":
+        backbone = load_backbone(folder, dtype=dtype, device=device)
+        network = backbone.network
+    else:
+        backbone = load_backbone(card["teacher"], dtype=dtype, device=device)
+        network = _with_lora(backbone.network, folder).to(device)
+    return Student(backbone, network, grids, card["steps_aware"], card)
+
+
+def _read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    path = folder / CARD
+    if not path.is_file():
+        found = "a pipeline without a student's card" if (folder / "model_index.json").is_file() else "no student"
+        raise FewstepError(
+            f"found {found} at {folder}, expected a folder with {CARD} that save_student wrote, fix: pass the "
+            "student's folder (a teacher is loaded with load_teacher)"
+        )
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if card["format"] != CARD_FORMAT or card["form"] not in ("pipeline", "lora"):
+            raise ValueError(f"format {card['format']}, form {card['form']}")
+        grids = {int(count): torch.tensor(grid, dtype=torch.float64) for count, grid in card["grids"].items()}
+        if not grids or any(len(time_grids.validated(grid)) != count + 1 for count, grid in grids.items()):
+            raise ValueError("grids that do not have one time more than steps")
+        card["steps_aware"], card["teacher"] = bool(card["steps_aware"]), str(card["teacher"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FewstepError(
+            f"found an unreadable {path} ({type(error).__name__}: {error}), expected what save_student of this version "
+            f"writes (format {CARD_FORMAT}), fix: export the student again"
+        ) from error
+    return card, grids
+
+
+def _with_lora(network: nn.Module, folder: Path) -> nn.Module:
+    """`network` with the adapter of `folder` in it, from safetensors."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise FewstepError(
+            f"found no adapter_model.safetensors in {folder}, expected a student's LoRA as safetensors (pickles are "
+            "not read), fix: export the student again"
+        )
+    network = inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), network, STUDENT)
+    outcome = set_peft_model_state_dict(network, load_file(weights), adapter_name=STUDENT)
+    missing = [name for name in outcome.missing_keys if f".{STUDENT}." in name]
+    if outcome.unexpected_keys or missing:
+        raise FewstepError(
+            f"found a LoRA in {folder} that does not fit the teacher ({(outcome.unexpected_keys or missing)[0]}), "
+            "expected one tensor per adapted layer, fix: check that the teacher it names is the one it was trained on"
+        )
+    return network.requires_grad_(False).eval()

@@ -1,0 +1,101 @@
+"""A teacher ready to sample: its pipeline's own grid, with classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.core import grids
+from fewstep.core.guidance import guided
+from fewstep.core.solvers import SOLVERS
+from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
+from fewstep.models.backbone import Backbone, seeded_noise
+
+
+class Teacher:
+    """A frozen pipeline that samples in many guided steps.
+
+    Args:
+        backbone: the loaded pipeline.
+        steps: steps taken unless told otherwise.
+        guidance_scale: guidance unless told otherwise; 1 means none.
+    """
+
+    def __init__(self, backbone: Backbone, steps: int = 50, guidance_scale: float = 3.0) -> None:
+        self.backbone, self.steps, self.guidance_scale = backbone, steps, guidance_scale
+
+    def calls(self, steps: int | None = None, guidance_scale: float | None = None) -> int:
+        """Network calls per image."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return (self.steps if steps is None else steps) * (1 if scale == 1 else 2)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        *,
+        guidance_scale: float | None = None,
+        solver: str = "ddim",
+    ) -> Tensor:
+        """Latents (B, ...) float32 for prompts and seeds of equal number; see `sample`."""
+        if len(prompts) != len(seeds):
+            raise FewstepError(
+                f"found {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt, "
+                "fix: repeat the shorter"
+            )
+        if solver not in SOLVERS or solver == "lcm":
+            raise FewstepError(
+                f"found solver {solver!r}, expected one of {sorted(SOLVERS.keys() - {'lcm'})}, fix: choose one of these"
+            )
+        steps = self.steps if steps is None else steps
+        if steps < 1:
+            raise FewstepError(f"found steps = {steps}, expected 1 or more, fix: 50 is usual for a teacher")
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        backbone = self.backbone
+        null = {k: v.expand(len(prompts), *v.shape[1:]) for k, v in backbone.null_condition().items()}
+
+        def denoise(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return guided(self._call, x, t, condition, null, scale)
+
+        grid = grids.from_scheduler(backbone.pipeline.scheduler, steps, backbone.process)
+        noise = seeded_noise(seeds, backbone.latent_shape).to(backbone.device) * backbone.process.noise_scale
+        return SOLVERS[solver](denoise, noise, grid, backbone.process, backbone.encode(prompts))
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        *,
+        guidance_scale: float | None = None,
+        solver: str = "ddim",
+        batch: int = 32,
+    ) -> Tensor:
+        """Images (B, 3, H, W) uint8 on the CPU.
+
+        Args:
+            prompts: B prompts.
+            seeds: B seeds; the noise a diffusers pipeline draws with generators of these seeds.
+            steps: solver steps; guided ones cost two network calls.
+            guidance_scale: uncond + w (cond - uncond); 1 means none.
+            solver: "ddim", "heun" or "dpmpp_2m".
+            batch: how many at a time.
+        """
+        if not prompts:
+            raise FewstepError("found no prompt, expected at least one, fix: pass a prompt")
+        parts = []
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            latents = self.latents(
+                prompts[part], seeds[part], steps, guidance_scale=guidance_scale, solver=solver
+            )  # fmt: skip
+            parts.append(self.backbone.decode(latents))
+        return torch.cat(parts)
+
+    def _call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.backbone.call(self.backbone.network, x, t, condition)
