@@ -22,10 +22,13 @@ from fewstep.embedded.autoencoder import train_autoencoder
 from fewstep.embedded.judge import Judge, judge_accuracy, train_judge
 from fewstep.embedded.teacher import Latents, TeacherOptions, TeacherTraining, build_pipeline
 from fewstep.errors import FewstepError
+from fewstep.models.export import save_pipeline
 
 Report = Callable[[str], None]
 TEACHER_FOLDER = "emoji-teacher"
 JUDGE_FILE = "emoji-judge.safetensors"
+REFERENCE_FILE = "emoji-reference.safetensors"
+TABLE_FILE = "emoji-table.json"
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,10 @@ def export(training: TeacherTraining, out: Path) -> Path:
     autoencoder = AutoencoderTiny.from_pretrained(out / "autoencoder")
     pipeline = build_pipeline(autoencoder, model.tokenizer, model.text_encoder, model.transformer)
     folder = out / TEACHER_FOLDER
-    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
-    notes = {"iterations": training.iteration, **asdict(training.options)}
+    save_pipeline(pipeline, folder, torch.float16)
+    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):  # a name that transformers 4 knows, too
+        path = folder / name
+        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    notes = {**asdict(training.options), "iterations": training.iteration}
     (folder / "training.json").write_text(json.dumps(notes, indent=1) + "\n")
     return folder

@@ -55,7 +55,7 @@ class TeacherOptions:
     unknown: float = 0.05
     """Share of captions in which one word is replaced by `<unk>`."""
     min_snr: float = 5.0
-    """The loss is weighted by min(SNR, this) / SNR (Hang et al. 2023)."""
+    """Cap of the SNR at the low-noise end of the loss's weight (Hang et al. 2023); see `diffusion_loss`."""
     ema: float = 0.9995
     """Decay of the averaged weights that are saved, per step."""
     seed: int = 0
@@ -147,7 +147,11 @@ def noise_schedule() -> torch.Tensor:
 def diffusion_loss(
     output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, index: torch.Tensor, min_snr: float
 ) -> torch.Tensor:
-    """Min-SNR weighted noise error, plus 1e-3 times the variational bound of the learned variance; (B,).
+    """Weighted noise error, plus 1e-3 times the variational bound of the learned variance; (B,).
+
+    The weight is (1 + 1/SNR) min(1, min_snr / SNR): the error of velocity where noise prevails, min-SNR where it does
+    not. With the plain noise error a small network never gets precise enough at t = 999, where alpha is 0.006 and an
+    error of 0.02 in eps is one of 3 in x0: its samples then start from a saturated guess.
 
     output (B, 2C, ...): noise prediction, then the interpolation between the two extreme log variances in [-1, 1]
     (Nichol & Dhariwal 2021, eq. 15-16; the bound does not reach the noise prediction).
@@ -165,7 +169,8 @@ def diffusion_loss(
     # The means of posterior and model differ by beta / sqrt(alpha (1 - bar)) times the noise error.
     gap = at(beta / ((1 - beta) * (1 - bar)).sqrt()) * (predicted.detach() - noise)
     bound = 0.5 * (log_variance - at(posterior.log()) + (at(posterior) + gap.square()) / log_variance.exp() - 1)
-    return error * snr.clamp(max=min_snr) / snr + 1e-3 * bound.flatten(1).mean(1)
+    weight = (1 + 1 / snr) * (min_snr / snr).clamp(max=1)
+    return error * weight + 1e-3 * bound.flatten(1).mean(1)
 
 
 class TeacherModel(nn.Module):

@@ -1,0 +1,84 @@
+"""All GPU work that is wanted now, in order of value: `python benchmarks/gpu_round.py --out DIR [--minutes 28]`.
+
+Each part is skipped when its result is already in DIR, and continues where it stopped when it can. Parts:
+  1 teacher      the embedded teacher from nothing and long, then its judge, reference and table
+  2 runs         the table of TDM runs on the shipped teacher: critic target, tau range, metric, roles, ablations, drift
+Everything it writes is text, safetensors and PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PARTS = ("teacher", "runs")
+
+
+def fewstep(*words: str, limit: float) -> int:
+    """Run a fewstep command for at most `limit` seconds; SIGTERM then, so that it saves where it stands."""
+    print("$ fewstep", *words, flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "fewstep", *words])
+    try:
+        return process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        return process.wait()
+
+
+def teacher(out: Path, limit: float) -> None:
+    """The embedded teacher, long enough to be clearly good; the whole state stays in `out`/teacher."""
+    work = out / "teacher"
+    code = fewstep(
+        "teacher", "train", "--out", str(work), "--device", "cuda", "--iterations", "40000", "--batch", "256",
+        "--autoencoder-iterations", "6000", "--judge-iterations", "4000", limit=limit,
+    )  # fmt: skip
+    if code:
+        return
+    parts = [
+        "--teacher",
+        str(work / "emoji-teacher"),
+        "--judge",
+        str(work / "emoji-judge.safetensors"),
+        "--device",
+        "cuda",
+    ]
+    reference = work / "emoji-reference.safetensors"
+    fewstep("teacher", "reference", *parts, "--out", str(reference), limit=limit)
+    fewstep(
+        "teacher", "table", *parts, "--reference", str(reference), "--out", str(work / "emoji-table.json"), limit=limit
+    )
+
+
+def runs(out: Path, limit: float) -> None:
+    """The table of runs on the shipped teacher, the long run among them."""
+    script = Path(__file__).parent / "tdm_runs.py"
+    words = ["--out", out / "runs", "--device", "cuda", "--iterations", "400", "--minutes", str(limit / 60)]
+    subprocess.run([sys.executable, script, *words], check=False)
+
+
+def main() -> None:
+    """Run what is not done yet until the time is up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=28.0)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    end, done_file = time.monotonic() + 60 * args.minutes, args.out / "done.json"
+    done = json.loads(done_file.read_text()) if done_file.exists() else []
+    work = {"teacher": teacher, "runs": runs}
+    for name in args.parts:
+        left = end - time.monotonic()
+        if name in done or left < 60:
+            continue
+        work[name](args.out, left)
+        done.append(name)
+        done_file.write_text(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main()

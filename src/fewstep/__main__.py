@@ -1,0 +1,5 @@
+"""`python -m fewstep` is the command `fewstep`; torchrun needs it in this form."""
+
+from fewstep.cli import main
+
+main()

@@ -1,0 +1,242 @@
+"""The five public names: load_teacher, distill, load_student, sample, evaluate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core.tensors import Condition
+from fewstep.data.prompts import PromptData, training_captions
+from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.errors import FewstepError
+from fewstep.methods import METHODS, Options, preset
+from fewstep.models.backbone import Backbone, load_backbone
+from fewstep.models.export import save_student
+from fewstep.models.roles import Roles, build_roles
+from fewstep.models.schedulers import choose_scheduler
+from fewstep.models.student import Student, load_student
+from fewstep.models.teacher import Teacher
+from fewstep.training.loop import Hooks, train
+from fewstep.training.options import TrainOptions
+
+EMOJI = "emoji"
+"""The name of the embedded teacher."""
+STUDENT_FOLDER = "student"
+
+__all__ = ["EMOJI", "RoleOptions", "distill", "evaluate", "export", "load_student", "load_teacher", "sample"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleOptions:
+    """How teacher, student and critic share weights."""
+
+    roles: Literal["adapters", "copies", "mixed"] = "adapters"
+    """`adapters`: one frozen base, LoRA for student and critic; `copies`: three networks; `mixed`: a full student, a
+    critic adapter on the teacher."""
+    rank: int = 32
+    """Rank of the student's adapter, 1 or more."""
+    critic_rank: int | None = None
+    """Rank of the critic's adapter; the student's unless told."""
+    layers: Literal["attention+ff", "all-linear"] = "attention+ff"
+    """Which layers take adapters."""
+    checkpointing: bool = False
+    """Keep only block inputs for the backward pass: less memory for about a third more time."""
+
+
+def load_teacher(
+    source: str | Path = EMOJI, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Teacher:
+    """A teacher: "emoji" (embedded, no download), a diffusers pipeline folder, or a Hub id.
+
+    Args:
+        source: what to load.
+        dtype: of its weights; bfloat16 halves the memory of a frozen base.
+        device: where to put it.
+
+    Raises:
+        FewstepError: nothing usable there; says what was found and what to do.
+    """
+    folder = shipped(TEACHER_FOLDER) if str(source) == EMOJI else source
+    return Teacher(load_backbone(folder, dtype=dtype, device=device))
+
+
+def distill(
+    teacher: Teacher | str | Path = EMOJI,
+    method: str | Options = "tdm",
+    *,
+    out: str | Path,
+    prompts: Sequence[str] | None = None,
+    roles: RoleOptions | None = None,
+    train_options: TrainOptions | None = None,
+    hooks: Hooks | None = None,
+    resume: bool = False,
+) -> Student:
+    """Distil `teacher` into a few-step student, saved as a diffusers pipeline in `out`/student; returns it loaded.
+
+    Args:
+        teacher: a loaded teacher, or what `load_teacher` takes.
+        method: a name of `fewstep methods`, or its options with some replaced
+            (`dataclasses.replace(preset("tdm"), steps=2)`).
+        out: run folder: log, checkpoints, student. Refused if it holds another run.
+        prompts: texts to train on; for the embedded teacher its own captions unless told.
+        roles: how networks share weights.
+        train_options: iterations, rates, batch and the like.
+        hooks: what to call during the run; unless told, sample grids in `out`/samples and, for the embedded teacher,
+            the judge's scores, as often as `train_options` says.
+        resume: continue the run in `out`.
+
+    Raises:
+        FewstepError: bad options or input, before any work.
+    """
+    roles, train_options = roles or RoleOptions(), train_options or TrainOptions()
+    options = preset(method) if isinstance(method, str) else method
+    recipe = options.build()
+    train_options.validate()
+    teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
+    backbone = teacher.backbone
+    texts = _training_prompts(backbone.source, prompts)
+    grids = [options.time_grid(count) for count in options.counts]
+    choose_scheduler(backbone, grids)  # a student that no pipeline could sample is refused now, not after the training
+    seats = build_roles(
+        backbone,
+        roles.roles,
+        rank=roles.rank,
+        critic_rank=roles.critic_rank,
+        layers=roles.layers,
+        checkpointing=roles.checkpointing,
+        steps_aware=recipe.needs.steps_condition or recipe.needs.landing_condition,
+        seed=train_options.seed,
+    )
+    if hooks is None:
+        hooks = _hooks(seats, options, texts, Path(out))
+    kept = {name: value for name, value in asdict(roles).items() if name != "checkpointing"}  # changes memory only
+    configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
+    result = train(
+        recipe,
+        seats,
+        PromptData(backbone.encode, texts, train_options.seed),
+        train_options,
+        out,
+        hooks,
+        noise_shape=backbone.latent_shape,
+        configuration=configuration,
+        resume=resume,
+    )
+    folder = Path(out) / STUDENT_FOLDER
+    if int(os.environ.get("RANK", 0)) == 0:
+        with result.ema.applied():
+            export(seats, options, folder, {"iterations": result.iteration, **configuration})
+    return load_student(folder)
+
+
+def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]) -> Path:
+    """Save the student that `seats` hold now as a pipeline folder."""
+    grids = [options.time_grid(count) for count in options.counts]
+    name = next((name for name, make in METHODS.items() if make() == options), options.build().name)
+    return save_student(folder, seats, grids, method=name, details={**details, "method": asdict(options)})
+
+
+def sample(
+    model: Teacher | Student | str | Path,
+    prompts: Sequence[str] | str,
+    seeds: Sequence[int] | int = 0,
+    steps: int | None = None,
+    **more: Any,
+) -> Tensor:
+    """Images (B, 3, H, W) uint8 of a teacher or student.
+
+    Args:
+        model: loaded, or a student's folder.
+        prompts: one or several.
+        seeds: one per prompt, or the first of consecutive ones.
+        steps: solver steps; the model's own unless told.
+        more: `solver`, `batch`, and for teachers `guidance_scale`.
+    """
+    loaded = load_student(model) if isinstance(model, str | Path) else model
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    numbers = range(seeds, seeds + len(texts)) if isinstance(seeds, int) else seeds
+    return loaded.sample(texts, list(numbers), steps, **more)
+
+
+def evaluate(
+    model: Teacher | Student | str | Path, *, steps: int | None = None, count: int = 512, seed: int = 0, **more: Any
+) -> dict[str, float]:
+    """Quality, prompt-following and variety on held-out captions of the embedded data set (see `evaluation.scenes`).
+
+    Args:
+        model: the embedded teacher or a student of it, loaded or its folder.
+        steps: solver steps.
+        count: images, at most the size of the shipped reference set (1024).
+        seed: of the captions' noise; the reference set's own is another.
+        more: for `sample`, such as `guidance_scale`.
+    """
+    from fewstep.evaluation.run import evaluate_scenes
+
+    return evaluate_scenes(model, steps=steps, count=count, seed=seed, **more).scores.row()
+
+
+class LiveStudent(Student):
+    """The student of roles in training, as something to sample."""
+
+    def __init__(self, seats: Roles, options: Options) -> None:
+        backbone = seats.backbone
+        assert isinstance(backbone, Backbone)
+        grids = {count: options.time_grid(count) for count in options.counts}
+        super().__init__(backbone, backbone.network, grids, seats.steps_aware, {"teacher": backbone.source})
+        self._seats = seats
+
+    def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self._seats.student(x, t, condition)
+
+
+def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path) -> Hooks:
+    """Sample grids, and scores where the judge knows the data."""
+    from fewstep.evaluation.compare import default_prompts
+    from fewstep.evaluation.pictures import save_pictures
+
+    student = LiveStudent(seats, options)
+    embedded = Path(student.backbone.source) == shipped(TEACHER_FOLDER)
+    prompts = default_prompts(16) if embedded else list(texts[:16])
+
+    def draw(iteration: int) -> None:
+        for count in student.grids:
+            images = student.sample(prompts, list(range(len(prompts))), count)
+            save_pictures(out / "samples" / f"{iteration:06d}-{count}-steps.png", images)
+
+    def score(iteration: int) -> dict[str, float]:
+        from fewstep.evaluation.run import evaluate_scenes
+
+        numbers: dict[str, float] = {}
+        for count in student.grids:
+            row = evaluate_scenes(student, steps=count, count=256).scores.row()
+            numbers |= {f"{name}, {count} steps": value for name, value in row.items()}
+        return numbers
+
+    return Hooks(sample=draw, evaluate=score if embedded else None)
+
+
+def _training_prompts(source: str, prompts: Sequence[str] | None) -> list[str]:
+    if prompts is not None:
+        texts = [text.strip() for text in prompts]
+        if not texts or not all(texts):
+            raise FewstepError("found an empty prompt, or none, expected text, fix: drop empty prompts")
+        return texts
+    if Path(source) == shipped(TEACHER_FOLDER):
+        return training_captions()
+    raise FewstepError(
+        f"found no prompts for the teacher {source}, expected texts of the kind it was trained on, "
+        "fix: pass a prompts file (one prompt a line) with --prompts, or prompts=[...]"
+    )
+
+
+def _fingerprint(texts: Sequence[str]) -> dict[str, Any]:
+    """Enough of the prompts to notice on resume that they changed."""
+    from hashlib import blake2b
+
+    return {"count": len(texts), "hash": blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()}

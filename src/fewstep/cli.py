@@ -1,0 +1,58 @@
+"""The command `fewstep`: a thin layer over the public names. Each command is a module of `fewstep.commands`.
+
+Nothing heavy is imported until a command runs, so that `fewstep --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "distill": "distil a teacher into a few-step student",
+    "sample": "draw pictures with a student or the teacher",
+    "evaluate": "quality, prompt-following and variety on held-out captions of the embedded data set",
+    "compare": "one page that puts teachers and students side by side",
+    "methods": "the methods: paper, what they need, network forwards per iteration",
+    "teacher": "build, sample and measure the embedded teacher",
+    "check": "run the known answers and print the table",
+    "demo": "the whole promise in minutes: distil the embedded teacher and compare",
+}
+
+
+def usage() -> str:
+    """What `fewstep --help` prints."""
+    rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return (
+        "usage: fewstep COMMAND [OPTIONS]\n\n"
+        "Distil diffusion and flow models into students that need 1-8 network calls.\n\n"
+        f"commands:\n{rows}\n\n`fewstep COMMAND --help` lists the options of a command."
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; exits with 2 and one paragraph on bad input."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if words[0] == "--version":
+        from fewstep import __version__
+
+        print(__version__)
+        return
+    if words[0] not in COMMANDS:
+        _fail(f"found command {words[0]!r}, expected one of {', '.join(COMMANDS)}, fix: see `fewstep --help`")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from fewstep.errors import FewstepError
+
+    try:
+        import_module(f"fewstep.commands.{words[0]}").main(words[1:])
+    except FewstepError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    print(f"fewstep: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,81 @@
+"""What several commands share: parsing options, quiet libraries, choosing a device, loading what a user names."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+
+from fewstep.errors import FewstepError
+from fewstep.models.student import Student, load_student
+from fewstep.models.teacher import Teacher
+
+T = TypeVar("T")
+
+
+def parse(kind: Callable[..., T], command: str, arguments: list[str], default: Any = None) -> T:
+    """Options of a command from its dataclass; exits with 2 on an unknown or malformed one."""
+    quiet()
+    more = {} if default is None else {"default": default}
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(kind),
+        prog=f"fewstep {command}",
+        args=arguments,
+        **more,
+    )
+
+
+def quiet() -> None:
+    """No notices of the libraries below us; warnings of our own stay."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FewstepError(f"found device {name!r}, which torch cannot use here ({error}), fix: pass cpu") from error
+    return device
+
+
+def guidance(model: Teacher | Student, scale: float | None) -> dict[str, Any]:
+    """The argument of `sample` for a guidance scale that the user may have given.
+
+    Raises:
+        FewstepError: a scale for a student.
+    """
+    if isinstance(model, Teacher):
+        return {"guidance_scale": scale}
+    if scale not in (None, 1.0):
+        raise FewstepError(
+            f"found guidance_scale {scale} for a student, expected none, since guidance is trained into it, "
+            "fix: leave it out"
+        )
+    return {}
+
+
+def load(source: str, device: torch.device) -> Teacher | Student:
+    """A student's folder, or anything `load_teacher` takes."""
+    from fewstep.api import load_teacher
+    from fewstep.models.export import CARD
+
+    if (Path(source) / CARD).is_file():
+        return load_student(source, device=device)
+    return load_teacher(source, device=device)

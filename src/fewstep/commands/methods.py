@@ -1,0 +1,30 @@
+"""`fewstep methods`: what there is to choose from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from fewstep.commands.common import parse
+from fewstep.methods import METHODS
+
+
+@dataclass(kw_only=True)
+class Methods:
+    """List the methods: paper, what they need, network forwards per sample and iteration."""
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parse(Methods, "methods", arguments)
+    table = Table("method", "what", "paper", "steps", "needs", "forwards per iteration")
+    for name, make in METHODS.items():
+        options = make()
+        method = options.build()
+        needs = [field.name.replace("_", " ") for field in fields(method.needs) if getattr(method.needs, field.name)]
+        counts = ", ".join(str(count) for count in options.counts)
+        what = " ".join((make.__doc__ or method.title).split())
+        table.add_row(name, what, method.paper, counts, ", ".join(needs), f"{method.forwards():.2f}")
+    Console().print(table)

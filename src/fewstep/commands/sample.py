@@ -1,0 +1,54 @@
+"""`fewstep sample`: draw pictures with a student or the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewstep.api import EMOJI
+from fewstep.commands.common import choose_device, guidance, load, parse
+from fewstep.data.prompts import read_prompts
+from fewstep.errors import FewstepError
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """Draw pictures: one file for one prompt, a grid for several."""
+
+    student: str = EMOJI
+    """A student's folder; or a teacher: `emoji`, a pipeline folder or a Hub id."""
+    prompt: tuple[str, ...] = ()
+    """One or several prompts."""
+    prompts: Path | None = None
+    """Text file with one prompt a line."""
+    steps: int | None = None
+    """Solver steps; the model's own unless told (students: those they were trained for)."""
+    guidance_scale: float | None = None
+    """For teachers only: 1 means none."""
+    seed: int = 0
+    """Seed of the first picture; the next ones count up."""
+    count: int = 1
+    """Pictures per prompt."""
+    out: Path = Path("sample.png")
+    """PNG file to write."""
+    columns: int = 8
+    """Pictures in a row of the grid."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, sample, write the picture."""
+    from fewstep.evaluation.pictures import save_pictures
+
+    args = parse(Sample, "sample", arguments)
+    texts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    if not texts or not all(text.strip() for text in texts):
+        raise FewstepError('found no prompt or an empty one, expected text, fix: pass --prompt "..." or --prompts FILE')
+    if args.count < 1 or args.columns < 1:
+        raise FewstepError(f"found count {args.count}, columns {args.columns}, expected 1 or more, fix: change them")
+    texts = [text for text in texts for _ in range(args.count)]
+    model = load(args.student, choose_device(args.device))
+    more = guidance(model, args.guidance_scale)
+    images = model.sample(texts, list(range(args.seed, args.seed + len(texts))), args.steps, **more)
+    print(save_pictures(args.out, images, args.columns))

@@ -1,0 +1,64 @@
+"""All that a run carries from one iteration to the next, and its way to disk and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.training import checkpoint
+from fewstep.training.ema import Ema
+from fewstep.training.parallel import Group
+from fewstep.training.trainee import Trainee, copy_tensors
+
+
+@dataclass(frozen=True)
+class State:
+    """Both trained networks with their optimisers, and the average of the student."""
+
+    student: Trainee
+    critic: Trainee
+    ema: Ema
+
+    def bytes(self) -> int:
+        """Size of a checkpoint: the parameters, two moments of each, and the average."""
+        trained = [*self.student.parameters.values(), *self.critic.parameters.values()]
+        return sum(3 * p.nbytes for p in trained) + sum(a.nbytes for a in self.ema.tensors.values())
+
+    def save(
+        self, parent: Path, iteration: int, about: Mapping[str, Any], *, keep: int, extra: Callable[[Path], None]
+    ) -> Path:
+        """Writes the checkpoint of `iteration`; `about` describes the run. See `checkpoint.save`."""
+        groups: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.tensors}
+        facts: dict[str, Any] = {"ema_updates": self.ema.updates}
+        for trainee in (self.student, self.critic):
+            groups |= {trainee.role: trainee.parameters, f"{trainee.role}_optimiser": trainee.tensors()}
+            facts[f"{trainee.role}_loss_scaler"] = trainee.scaler.state_dict()
+        return checkpoint.save(parent, iteration, groups, {**about, **facts}, keep=keep, extra=extra)
+
+    def restore(self, parent: Path, group: Group, iterations: int) -> int:
+        """Takes over the newest checkpoint, if any; the iteration it was written at, else 0.
+
+        FewstepError if that is beyond `iterations`. Without a checkpoint the first process gives its parameters to all.
+        """
+        group.wait()  # for the first process to have the folder ready
+        found = checkpoint.newest(parent)
+        if found is None:
+            group.same_([p.detach() for p in (*self.student.parameters.values(), *self.critic.parameters.values())])
+            group.same_(self.ema.tensors.values())
+            return 0
+        if found.iteration > iterations:
+            raise FewstepError(
+                f"found the run already at iteration {found.iteration}, expected at most iterations = {iterations}, "
+                "fix: raise --iterations or choose another --out"
+            )
+        for trainee in (self.student, self.critic):
+            optimiser, scaler = found.tensors(f"{trainee.role}_optimiser"), found.state[f"{trainee.role}_loss_scaler"]
+            trainee.load(found.tensors(trainee.role), optimiser, scaler)
+        copy_tensors(self.ema.tensors, found.tensors("ema"), "ema")
+        self.ema.updates = found.state["ema_updates"]
+        return found.iteration

@@ -1,0 +1,141 @@
+"""A network in training: its parameters, its optimiser, and how a loss becomes a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import FewstepError
+from fewstep.methods.base import Loss
+from fewstep.training.networks import Stopwatch
+from fewstep.training.options import TrainOptions
+from fewstep.training.parallel import Group
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser step did: mean loss, gradient norm before clipping, and this process's metrics."""
+
+    loss: float
+    gradient_norm: float
+    metrics: dict[str, Tensor]
+
+
+class Trainee:
+    """The student or the critic, with an AdamW of its own."""
+
+    def __init__(
+        self,
+        role: Literal["student", "critic"],
+        parameters: Mapping[str, nn.Parameter],
+        options: TrainOptions,
+        group: Group,
+        watch: Stopwatch,
+    ) -> None:
+        self.role = role
+        self.parameters = dict(parameters)
+        self._list = list(self.parameters.values())
+        self._options, self._group, self._watch = options, group, watch
+        self._clip = (options.student_clip if role == "student" else options.critic_clip) or math.inf
+        betas = (float(options.beta1), float(options.beta2))
+        self.optimiser = torch.optim.AdamW(self._list, betas=betas, weight_decay=options.weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(self._list[0].device.type, enabled=options.precision == "fp16")
+
+    def update(self, losses: Iterable[Loss], iteration: int) -> Update:
+        """One optimiser step on the mean of `losses` over all samples of all micro-batches and processes.
+
+        `losses` is consumed one micro-batch at a time, each followed by its backward pass. FewstepError, and no step,
+        if the loss or its gradient is not finite; in fp16 an overflowing gradient only skips the step and halves the
+        loss scale.
+        """
+        self.optimiser.zero_grad()
+        mean = torch.zeros((), device=self._list[0].device)
+        metrics: dict[str, Tensor] = {}
+        for loss in losses:
+            if not loss.values.requires_grad:
+                raise self._unreached(iteration)
+            share = loss.values.sum() / self._options.batch
+            with self._watch("backward"):
+                self.scaler.scale(share).backward()
+            mean += share.detach()
+            for name, value in loss.metrics.items():
+                metrics[name] = metrics.get(name, 0) + value * (len(loss.values) / self._options.batch)
+        self._gather_gradients(mean, iteration)
+        norm = nn.utils.clip_grad_norm_(self._list, self._clip)
+        value, size = torch.stack([mean, norm.to(mean)]).tolist()
+        self._refuse_non_finite(value, size, iteration)
+        for settings in self.optimiser.param_groups:
+            settings["lr"] = self._options.rate(self.role, iteration)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return Update(value, size, metrics)
+
+    def _gather_gradients(self, mean: Tensor, iteration: int) -> None:
+        """Sums loss and gradients over the processes and takes the loss scale out. A missing gradient counts as 0."""
+        if all(parameter.grad is None for parameter in self._list):
+            raise self._unreached(iteration)
+        for parameter in self._list:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._group.sum_([mean, *(parameter.grad for parameter in self._list)])
+        self.scaler.unscale_(self.optimiser)
+
+    def _unreached(self, iteration: int) -> FewstepError:
+        return FewstepError(
+            f"found no gradient for the {self.role} at iteration {iteration}, "
+            "expected its loss to reach its parameters, "
+            "fix: see that they require gradients when the network is called (switching adapters may turn that off)"
+        )
+
+    def _refuse_non_finite(self, loss: float, norm: float, iteration: int) -> None:
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if math.isfinite(loss) and (math.isfinite(norm) or overflow):
+            return
+        raise FewstepError(
+            f"found a {self.role} loss of {loss:g} with gradient norm {norm:g} at iteration {iteration}, "
+            f"expected finite numbers, fix: lower {self.role}_rate, or use a wider precision"
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state as "parameter.entry" -> tensor."""
+        states = self.optimiser.state_dict()["state"]
+        names = list(self.parameters)
+        return {f"{names[index]}.{key}": value for index, state in states.items() for key, value in state.items()}
+
+    def load(
+        self, parameters: Mapping[str, Tensor], optimiser: Mapping[str, Tensor], scaler: Mapping[str, float]
+    ) -> None:
+        """Takes over what `parameters`, `tensors()` and `scaler.state_dict()` were when a checkpoint was written."""
+        copy_tensors(self.parameters, parameters, self.role)
+        states: dict[int, dict[str, Tensor]] = {}
+        indices = {name: index for index, name in enumerate(self.parameters)}
+        for name, tensor in optimiser.items():
+            parameter, key = name.rsplit(".", 1)
+            states.setdefault(indices[parameter], {})[key] = tensor
+        self.optimiser.load_state_dict({"state": states, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        if scaler:
+            self.scaler.load_state_dict(dict(scaler))
+
+
+@torch.no_grad()
+def copy_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
+    """Copies each value into the target of its name; FewstepError if names or shapes differ."""
+    wrong = {name for name in targets.keys() | values.keys() if _shape(targets, name) != _shape(values, name)}
+    if wrong:
+        first = min(wrong)
+        raise FewstepError(
+            f"found a checkpoint whose {what} has {first} of shape {_shape(values, first)}, expected "
+            f"{_shape(targets, first)} ({len(wrong)} tensors differ), "
+            "fix: build the same networks as the run began with"
+        )
+    for name, target in targets.items():
+        target.copy_(values[name])
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.errors import FewstepError
+from fewstep.training import checkpoint
+
+
+def _save(parent: Path, iteration: int, keep: int = 3, value: float = 1.0) -> Path:
+    groups = {"student": {"w": torch.full((2, 3), value), "steps": torch.tensor(7.0)}, "ema": {}}
+    return checkpoint.save(parent, iteration, groups, {"configuration": {"a": 1}}, keep=keep)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 100)
+    assert folder == tmp_path / "000100"
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert (found.iteration, found.state["configuration"]) == (100, {"a": 1})
+    torch.testing.assert_close(found.tensors("student"), {"w": torch.ones(2, 3), "steps": torch.tensor(7.0)})
+    assert found.tensors("ema") == {}
+    assert sorted(p.name for p in folder.iterdir()) == ["state.json", "student.safetensors"]  # no pickle
+
+
+def test_newest_is_by_number_not_by_name_and_old_ones_go(tmp_path: Path) -> None:
+    for iteration in (999_999, 1_000_000, 1_000_001):
+        _save(tmp_path, iteration, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1000000", "1000001"]
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.iteration == 1_000_001
+
+
+def test_nothing_there_is_none(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "absent") is None
+
+
+def test_a_complete_checkpoint_is_not_written_again(tmp_path: Path) -> None:
+    _save(tmp_path, 5, value=1.0)
+    found = checkpoint.newest(_save(tmp_path, 5, value=2.0).parent)
+    assert found is not None
+    torch.testing.assert_close(found.tensors("student")["w"], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("damage", ["no state", "torn state", "short tensors", "no tensors"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, damage: str) -> None:
+    _save(tmp_path, 1)
+    bad = _save(tmp_path, 2)
+    state, tensors = bad / "state.json", bad / "student.safetensors"
+    if damage == "no state":
+        state.unlink()
+    elif damage == "torn state":
+        state.write_text(state.read_text()[:20])
+    elif damage == "short tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    else:
+        tensors.unlink()
+    with pytest.warns(UserWarning, match="000002 is damaged"):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.iteration == 1
+    _save(tmp_path, 2, value=4.0)  # as the run does when it comes by again
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    torch.testing.assert_close(found.tensors("student")["w"], torch.full((2, 3), 4.0))
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    (_save(tmp_path, 1) / "state.json").unlink()
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(FewstepError, match="found 1 damaged"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_later_format_is_refused(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(FewstepError, match=r"format 2, expected at most 1, fix: update"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_save_that_fails_leaves_the_older_checkpoint_and_litter_that_clean_removes(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+
+    def full(folder: Path) -> None:
+        (folder / "student").mkdir()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, 2, {}, {}, keep=1, extra=full)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.iteration == 1
+    assert len(list(tmp_path.iterdir())) == 2
+    checkpoint.clean(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["000001"]
+
+
+class _Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def test_an_end_at_any_step_of_a_save_leaves_a_whole_checkpoint_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = -1  # file operations until the end; negative: none comes
+
+    def deadly(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **settings: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise _Killed
+            return operation(*arguments, **settings)
+
+        return wrapped
+
+    for name in ("mkdir", "rename", "unlink", "rmdir", "fsync", "stat", "scandir"):
+        monkeypatch.setattr(os, name, deadly(getattr(os, name)))
+    monkeypatch.setattr(checkpoint, "save_file", deadly(checkpoint.save_file))
+    monkeypatch.setattr(Path, "write_text", deadly(Path.write_text))
+
+    steps, seen = 0, set()
+    while True:
+        steps += 1
+        parent = tmp_path / str(steps)
+        _save(parent, 1, keep=1, value=1.0)
+        left = steps
+        try:
+            _save(parent, 2, keep=1, value=2.0)
+        except _Killed:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # a damaged one would be warned of
+                found = checkpoint.newest(parent)
+            assert found is not None
+            torch.testing.assert_close(found.tensors("student")["w"], torch.full((2, 3), float(found.iteration)))
+            seen.add(found.iteration)
+            checkpoint.clean(parent)
+            _save(parent, 2, keep=1, value=2.0)
+        else:
+            break
+        assert [p.name for p in parent.iterdir()] == ["000002"]
+    assert seen == {1, 2}
+    assert steps > 20
+
+
+def test_extra_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    def extra(folder: Path) -> None:
+        (folder / "student").mkdir()
+        (folder / "student" / "config.json").write_text("{}")
+
+    folder = checkpoint.save(tmp_path, 1, {}, {}, keep=1, extra=extra)
+    (folder / "student" / "config.json").write_text("")
+    with pytest.warns(UserWarning, match="config.json is missing or does not have"), pytest.raises(FewstepError):
+        checkpoint.newest(tmp_path)

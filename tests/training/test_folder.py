@@ -1,0 +1,114 @@
+"""Who may use the folder of a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import training_toy as toy
+
+from fewstep.errors import FewstepError
+from fewstep.training import folder
+from fewstep.training.log import read_log
+
+
+class _Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def _everything(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_folder_with_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=3)
+    before = _everything(tmp_path)
+    with pytest.raises(FewstepError, match=r"found a run at iteration 3 .*--resume.* another --out"):
+        toy.run(tmp_path, iterations=3)
+    assert _everything(tmp_path) == before
+
+
+def test_resume_where_there_is_no_run_begins_one(tmp_path: Path) -> None:
+    assert toy.run(tmp_path / "new", iterations=2, resume=True).iteration == 2
+
+
+def test_resume_names_every_option_that_differs(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=3)
+    before = _everything(tmp_path)
+    with pytest.raises(FewstepError) as error:
+        toy.run(
+            tmp_path, iterations=3, resume=True, seed=1, critic_rate=1e-3, method=toy.ToyMethod(toy.ToyOptions(steps=4))
+        )
+    for text in ("method.steps was 2, is 4", "train.seed was 0, is 1", "train.critic_rate was 0.0004, is 0.001"):
+        assert text in str(error.value)
+    assert "batch" not in str(error.value)
+    assert _everything(tmp_path) == before
+
+
+def test_resume_compares_with_a_run_that_died_before_its_first_checkpoint(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=3)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(FewstepError, match=r"found a run without a checkpoint"):
+        toy.run(tmp_path, iterations=3)
+    with pytest.raises(FewstepError, match=r"run.json \(train.seed was 0, is 1\)"):
+        toy.run(tmp_path, iterations=3, resume=True, seed=1)
+    toy.run(tmp_path, iterations=3, resume=True)
+    assert [record["iteration"] for record in read_log(tmp_path / "log.jsonl")] == [2, 3]
+
+
+def test_what_does_not_decide_the_result_may_change(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=3, schedule="constant")
+    result = toy.run(tmp_path, iterations=5, schedule="constant", resume=True, log_every=1, microbatch=3, keep=1)
+    assert result.iteration == 5
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000005"]
+
+
+def test_a_run_beyond_the_iterations_asked_for_is_an_error(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=5, schedule="constant")
+    with pytest.raises(FewstepError, match=r"already at iteration 5, expected at most iterations = 4"):
+        toy.run(tmp_path, iterations=4, schedule="constant", resume=True)
+
+
+def test_other_networks_than_the_run_began_with_are_named(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=2)
+    with pytest.raises(
+        FewstepError, match=r"student has inner.bias of shape \(8,\), expected \(9,\) \(3 tensors differ\)"
+    ):
+        toy.run(tmp_path, iterations=2, roles=toy.ToyRoles(hidden=9), resume=True)
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with folder.locked(tmp_path), pytest.raises(FewstepError, match=r"in use by process \d+, expected to be alone"):
+        toy.run(tmp_path, resume=True)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(0, 0, 5_999))
+    folder.require_space(tmp_path / "a" / "b", checkpoint_bytes=2_999, keep=1)
+    with pytest.raises(FewstepError, match=r"GB free on the disk .*3 checkpoints.*fix: free some space, lower --keep"):
+        folder.require_space(tmp_path / "a" / "b", checkpoint_bytes=2_000, keep=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(0, 0, 0))
+    with pytest.raises(FewstepError, match="GB free"):
+        toy.run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_are_there_already_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.run(tmp_path, iterations=6)  # leaves two
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(0, 0, 1_500))
+    folder.require_space(tmp_path, checkpoint_bytes=1_000, keep=2)
+    with pytest.raises(FewstepError, match="GB free"):
+        folder.require_space(tmp_path, checkpoint_bytes=1_000, keep=3)
+
+
+def test_the_space_asked_for_is_that_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(folder, "require_space", lambda out, size, keep: asked.append(size))
+    result = toy.run(tmp_path, iterations=3, roles=toy.ToyRoles(hidden=2000))
+    written = sum(p.stat().st_size for p in result.checkpoint.glob("*.safetensors"))
+    assert asked[0] == pytest.approx(written, rel=0.02)

@@ -1,0 +1,132 @@
+"""A run that is killed again and again ends where an undisturbed one does, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training_toy as toy
+
+from fewstep.errors import FewstepError
+from fewstep.training import checkpoint
+from fewstep.training.log import read_log
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["torch._dynamo", "fewstep.training.loop"])  # children need not import them anew
+_FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")  # audit events just before the act
+_ITERATIONS = 14
+
+
+def _run(out: Path, die_after: int | None = None) -> None:
+    """In a child: continue the run; SIGKILL oneself just before the file operation number `die_after` in its folder."""
+    if die_after is not None:
+        left = die_after
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event in _FILE_EVENTS and str(arguments[0]).startswith(str(out)):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+    toy.run(out, resume=True, iterations=_ITERATIONS)
+
+
+def _start(out: Path, die_after: int | None = None) -> Any:
+    process = _PROCESSES.Process(target=_run, args=(out, die_after))
+    process.start()
+    return process
+
+
+def _outcome(out: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """Every byte of the last checkpoint, and the log without times and memory."""
+    last = out / "checkpoints" / f"{_ITERATIONS:06d}"
+    lines = [
+        {name: value for name, value in record.items() if not name.startswith(("time/", "memory/"))}
+        for record in read_log(out / "log.jsonl")
+    ]
+    return {p.name: p.read_bytes() for p in last.iterdir()}, lines
+
+
+def _require_whole(out: Path) -> None:
+    """What looks like a checkpoint is one, also where a kill came while it was written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint.newest(out / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[dict[str, Any]], float]:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    warm_up = _PROCESSES.Process(target=int)  # starts the server, which takes longer than a run
+    warm_up.start()
+    warm_up.join(60)
+    begin = time.perf_counter()
+    process = _start(out)
+    process.join(60)
+    assert process.exitcode == 0
+    files, lines = _outcome(out)
+    assert len(files) == 6  # student, critic, ema, two optimisers, state
+    assert len(lines) == _ITERATIONS / 2
+    return files, lines, time.perf_counter() - begin
+
+
+def test_killed_at_any_file_operation(
+    tmp_path: Path, undisturbed: tuple[dict[str, bytes], list[dict[str, Any]], float]
+) -> None:
+    draw = random.Random(0)
+    kills = 0
+    while True:
+        process = _start(tmp_path / "run", draw.randint(1, 30))
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        _require_whole(tmp_path / "run")
+    assert kills >= 5
+    assert _outcome(tmp_path / "run") == undisturbed[:2]
+    assert not list((tmp_path / "run").rglob(".unfinished*"))
+
+
+def test_killed_at_any_time(tmp_path: Path, undisturbed: tuple[dict[str, bytes], list[dict[str, Any]], float]) -> None:
+    files, lines, seconds = undisturbed
+    draw = random.Random(1)
+    for _ in range(5):
+        process = _start(tmp_path / "run")
+        process.join(draw.uniform(0.2, 0.8) * seconds)
+        process.kill()
+        process.join(60)
+        _require_whole(tmp_path / "run")
+    process = _start(tmp_path / "run")
+    process.join(60)
+    assert process.exitcode == 0
+    assert _outcome(tmp_path / "run") == (files, lines)
+
+
+def test_a_process_ends_with_the_signals_code_and_its_folder_is_locked_meanwhile(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, toy.__file__, str(out), "--iterations", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # the first logged iteration
+        with pytest.raises(FewstepError, match=f"in use by process {process.pid}"):
+            toy.run(out, resume=True)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+        assert process.wait(60) == 143
+    assert "resume with --resume" in said
+    last = max(int(p.name) for p in (out / "checkpoints").iterdir())
+    assert json.loads((out / "checkpoints" / f"{last:06d}" / "state.json").read_text())["iteration"] == last
+    assert f"stopped after iteration {last}" in said

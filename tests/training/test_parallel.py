@@ -1,0 +1,50 @@
+"""Two processes under torchrun give what one does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import training_toy as toy
+from safetensors.torch import load_file
+
+from fewstep.errors import FewstepError
+from fewstep.training import loop
+from fewstep.training.log import read_log
+from fewstep.training.parallel import Group
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    settings = ["--batch", "9", "--microbatch", "2", "--float64"]  # shares of 5 and 4, in parts of 2, 2, 1 and 2, 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", toy.__file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "two"), *settings], check=True, timeout=120, env=environment)
+    one = toy.run(tmp_path / "one", roles=toy.ToyRoles(dtype=torch.float64), batch=9)
+
+    for group in ("student", "critic", "ema", "student_optimiser", "critic_optimiser"):
+        first, second = (
+            load_file(tmp_path / name / "checkpoints/000012" / f"{group}.safetensors") for name in ("one", "two")
+        )
+        torch.testing.assert_close(second, first, rtol=0, atol=1e-9)
+    for a, b in zip(read_log(one.log), read_log(tmp_path / "two/log.jsonl"), strict=True):
+        shared = [name for name in a if name.startswith(("iteration", "loss/", "metric/", "gradient_norm/"))]
+        assert [a[name] for name in shared] == pytest.approx([b[name] for name in shared], abs=1e-6)
+
+
+def test_shares_cover_the_batch_once() -> None:
+    samples = torch.arange(20, 30)
+    shares = [Group(rank, 4).share(samples) for rank in range(4)]
+    assert torch.cat(shares).equal(samples)
+    assert sorted(len(share) for share in shares) == [2, 2, 3, 3]
+
+
+def test_fewer_samples_than_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "process_group", lambda device: nullcontext(Group(0, 3)))
+    with pytest.raises(FewstepError, match="found batch = 2 for 3 processes"):
+        toy.run(tmp_path / "run", batch=2)
+    assert not (tmp_path / "run").exists()
