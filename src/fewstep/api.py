@@ -114,7 +114,7 @@ def distill(
         seed=train_options.seed,
     )
     if hooks is None:
-        hooks = _hooks(seats, options, texts, Path(out))
+        hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0)
     kept = {name: value for name, value in asdict(roles).items() if name != "checkpointing"}  # changes memory only
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
     result = train(
@@ -195,8 +195,8 @@ class LiveStudent(Student):
         return self._seats.student(x, t, condition)
 
 
-def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path) -> Hooks:
-    """Sample grids, and scores where the judge knows the data."""
+def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path, wants_scores: bool) -> Hooks:
+    """Sample grids, and scores if they are wanted and the judge knows the data."""
     from fewstep.evaluation.compare import default_prompts
     from fewstep.evaluation.pictures import save_pictures
 
@@ -218,7 +218,7 @@ def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path) -> H
             numbers |= {f"{name}, {count} steps": value for name, value in row.items()}
         return numbers
 
-    return Hooks(sample=draw, evaluate=score if embedded else None)
+    return Hooks(sample=draw, evaluate=score if embedded and wants_scores else None)
 
 
 def _training_prompts(source: str, prompts: Sequence[str] | None) -> list[str]:

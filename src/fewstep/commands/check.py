@@ -20,9 +20,9 @@ def main(arguments: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    args = parse(Check, "check", arguments)
     from fewstep.evaluation.known_answers import run_known_answers
 
-    args = parse(Check, "check", arguments)
     table = Table("known answer", "measured", "limit", "")
     failed = 0
     for row in run_known_answers(full=args.full):

@@ -12,6 +12,7 @@ from fewstep.commands.common import choose_device, parse
 from fewstep.commands.evaluate import line
 from fewstep.data.build_sprites import build_sprites
 from fewstep.embedded.build import JUDGE_FILE, REFERENCE_FILE, BuildOptions, build_teacher, shipped
+from fewstep.embedded.card import write_card
 from fewstep.embedded.judge import Judge
 from fewstep.embedded.teacher import TeacherOptions
 from fewstep.errors import FewstepError
@@ -23,6 +24,7 @@ actions:
   train      autoencoder, teacher and judge from nothing; resumable; also under torchrun
   reference  sample the reference set that evaluations compare with (1,024 images, 100 calls each)
   table      scores of the teacher at 1 to 50 steps, with and without guidance
+  card       write the model card from what was measured
   sprites    rebuild the sprite sheet from the npm packages
 """
 
@@ -80,6 +82,18 @@ class Table:
 
 
 @dataclass(kw_only=True)
+class Card:
+    """Write README.md into a teacher's folder from its training notes, its table and the judge's accuracy."""
+
+    folder: Path
+    """Pipeline folder with training.json."""
+    table: Path
+    """JSON of `fewstep teacher table --out`."""
+    judge: Path | None = None
+    """JSON of the judge's accuracy; the shipped one unless told."""
+
+
+@dataclass(kw_only=True)
 class Sprites:
     """Rebuild the sprite sheet from the npm packages; needs npm and the extra `sprites`."""
 
@@ -89,7 +103,7 @@ class Sprites:
 
 def main(arguments: list[str]) -> None:
     """Dispatch to an action."""
-    actions = {"train": _train, "reference": _reference, "table": _table, "sprites": _sprites}
+    actions = {"train": _train, "reference": _reference, "table": _table, "card": _card, "sprites": _sprites}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -142,6 +156,12 @@ def _table(arguments: list[str]) -> None:
             print(line(name, result), flush=True)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _card(arguments: list[str]) -> None:
+    args = parse(Card, "teacher card", arguments)
+    judge = json.loads((args.judge or shipped("emoji-judge.json")).read_text())["held-out accuracy"]
+    print(write_card(args.folder, json.loads(args.table.read_text()), judge))
 
 
 def _sprites(arguments: list[str]) -> None:

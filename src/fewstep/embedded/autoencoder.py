@@ -49,11 +49,17 @@ def autoencoder_loss(autoencoder: AutoencoderTiny, images: torch.Tensor, generat
 
 
 def train_autoencoder(
-    iterations: int, report: Callable[[int, float], None], *, batch: int = 64, rate: float = 2e-3, seed: int = 0
+    iterations: int,
+    report: Callable[[int, float], None],
+    *,
+    batch: int = 64,
+    rate: float = 2e-3,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> AutoencoderTiny:
     """Train from nothing; `report(iteration, loss)` is called every 100 iterations and at the end."""
     torch.manual_seed(seed)
-    autoencoder = build_autoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    autoencoder = build_autoencoder().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(autoencoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, iterations, pct_start=0.1)
     scenes, rng, generator = Scenes(), np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -61,7 +67,7 @@ def train_autoencoder(
         images, _, _ = scenes.draw(batch, rng)
         top, left = rng.integers(0, SIDE - CROP + 1, 2)
         images = images[:, :, top : top + CROP, left : left + CROP]
-        loss = autoencoder_loss(autoencoder, images.contiguous(memory_format=torch.channels_last), generator)
+        loss = autoencoder_loss(autoencoder, images.to(device, memory_format=torch.channels_last), generator)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
@@ -69,4 +75,4 @@ def train_autoencoder(
         schedule.step()
         if iteration % 100 == 0 or iteration == iterations:
             report(iteration, loss.item())
-    return autoencoder
+    return autoencoder.cpu()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -41,6 +42,8 @@ class BuildOptions:
     """Batches of 64 scenes."""
     save_seconds: float = 300.0
     """How often the teacher's training state is saved."""
+    from_shipped: bool = False
+    """Start from the shipped autoencoder, judge and teacher instead of from nothing; the optimiser starts anew."""
 
 
 def shipped(name: str) -> Path:
@@ -61,23 +64,36 @@ def build_teacher(
     say: Report = report if rank == 0 else lambda _: None
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        _autoencoder(out, build, say)
+        if build.from_shipped:
+            _take_shipped(out)
+        _autoencoder(out, build, device, say)
         _latents(out, options, say)
     if world > 1:
         dist.barrier()
     training = TeacherTraining(_load_latents(out), options, device, rank, world)
+    if build.from_shipped:
+        training.start_from(shipped(TEACHER_FOLDER))
     _train(training, out / "teacher.safetensors", build, say)
     if rank == 0:
-        _judge(out, build, say)
+        _judge(out, build, device, say)
         return export(training, out)
     return out / TEACHER_FOLDER
 
 
-def _autoencoder(out: Path, build: BuildOptions, say: Report) -> None:
+def _take_shipped(out: Path) -> None:
+    if not (out / "autoencoder").exists():
+        shutil.copytree(shipped(TEACHER_FOLDER) / "vae", out / "autoencoder")
+    if not (out / JUDGE_FILE).exists():
+        shutil.copy(shipped(JUDGE_FILE), out / JUDGE_FILE)
+
+
+def _autoencoder(out: Path, build: BuildOptions, device: str, say: Report) -> None:
     if (out / "autoencoder").exists():
         return
     total = build.autoencoder_iterations
-    autoencoder = train_autoencoder(total, lambda i, loss: say(f"autoencoder {i}/{total} loss {loss:.4f}"))
+    autoencoder = train_autoencoder(
+        total, lambda i, loss: say(f"autoencoder {i}/{total} loss {loss:.4f}"), device=device
+    )
     autoencoder.save_pretrained(out / "autoencoder.tmp")
     (out / "autoencoder.tmp").rename(out / "autoencoder")
 
@@ -116,14 +132,14 @@ def _train(training: TeacherTraining, path: Path, build: BuildOptions, say: Repo
             saved = time.monotonic()
 
 
-def _judge(out: Path, build: BuildOptions, say: Report) -> None:
+def _judge(out: Path, build: BuildOptions, device: str, say: Report) -> None:
     from diffusers import AutoencoderTiny
 
     if (out / JUDGE_FILE).exists():
         return
     autoencoder = AutoencoderTiny.from_pretrained(out / "autoencoder")
     total = build.judge_iterations
-    judge = train_judge(autoencoder, total, lambda i, loss: say(f"judge {i}/{total} loss {loss:.4f}"))
+    judge = train_judge(autoencoder, total, lambda i, loss: say(f"judge {i}/{total} loss {loss:.4f}"), device=device)
     judge.save(out / JUDGE_FILE)
     accuracy = judge_accuracy(Judge.load(out / JUDGE_FILE))
     (out / "emoji-judge.json").write_text(json.dumps({"held-out accuracy": accuracy}, indent=1) + "\n")

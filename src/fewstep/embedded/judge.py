@@ -71,8 +71,8 @@ def _wear(images: Tensor, rng: np.random.Generator) -> Tensor:
         factor = int(rng.integers(2, 4))
         small = avg_pool2d(images, factor, ceil_mode=True)
         images = interpolate(small, size=images.shape[-2:], mode="bilinear")
-    noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32))
-    strength = torch.from_numpy(rng.uniform(0, 0.15, (len(images), 1, 1, 1)).astype(np.float32))
+    noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32)).to(images)
+    strength = torch.from_numpy(rng.uniform(0, 0.15, (len(images), 1, 1, 1)).astype(np.float32)).to(images)
     images = torch.roll(images, tuple(int(s) for s in rng.integers(-2, 3, 2)), (2, 3))
     return images + strength * noise
 
@@ -85,31 +85,35 @@ def train_judge(
     batch: int = 64,
     rate: float = 2e-3,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Judge:
     """Train from nothing; `report(iteration, loss)` is called every 100 iterations and at the end.
 
     One batch in four goes through the autoencoder.
     """
     torch.manual_seed(seed)
-    judge = Judge()
+    judge, autoencoder = Judge().to(device), autoencoder.to(device)
     optimiser = torch.optim.AdamW(judge.parameters(), lr=rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, iterations, pct_start=0.1)
     scenes, rng = Scenes(), np.random.default_rng([seed, 2])
     for iteration in range(1, iterations + 1):
         images, _, attributes = scenes.draw(batch, rng)
+        images = images.to(device)
         if iteration % 4 == 0:
             with torch.no_grad():
                 images = autoencoder.decode(autoencoder.encode(images).latents).sample
         scores = judge(_wear(images, rng))
-        targets = torch.from_numpy(attributes)
-        loss = sum((cross_entropy(scores[name], targets[:, i]) for i, name in enumerate(ATTRIBUTES)), torch.zeros(()))
+        targets = torch.from_numpy(attributes).to(device)
+        loss = sum(
+            (cross_entropy(scores[name], targets[:, i]) for i, name in enumerate(ATTRIBUTES)), images.new_zeros(())
+        )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         schedule.step()
         if iteration % 100 == 0 or iteration == iterations:
             report(iteration, loss.item())
-    return judge.eval()
+    return judge.cpu().eval()
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ def diffusion_loss(
     output (B, 2C, ...): noise prediction, then the interpolation between the two extreme log variances in [-1, 1]
     (Nichol & Dhariwal 2021, eq. 15-16; the bound does not reach the noise prediction).
     """
-    bar = noise_schedule()
+    bar = noise_schedule().to(output.device)
     previous = torch.cat([bar.new_ones(1), bar[:-1]])
     beta = 1 - bar / previous
     posterior = beta * (1 - previous) / (1 - bar)
@@ -230,8 +230,9 @@ class TeacherTraining:
         x0 = x0.to(self.device)
         noise = torch.from_numpy(rng.standard_normal(x0.shape, np.float32)).to(self.device)
         index = torch.from_numpy((rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0) * STEPS).long()
-        bar = noise_schedule()[index].float().view(-1, 1, 1, 1).to(self.device)
-        output = self.model(bar.sqrt() * x0 + (1 - bar).sqrt() * noise, index.to(self.device), captions)
+        index = index.to(self.device)
+        bar = noise_schedule().to(self.device)[index].float().view(-1, 1, 1, 1)
+        output = self.model(bar.sqrt() * x0 + (1 - bar).sqrt() * noise, index, captions)
         loss = diffusion_loss(output, x0, noise, index, o.min_snr).mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -293,6 +294,16 @@ class TeacherTraining:
                 slots.setdefault(int(i), {})[name] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": slots, "param_groups": groups})
+
+    def start_from(self, folder: Path) -> None:
+        """Take over the weights of a pipeline folder written by `build.export`; the optimiser starts anew."""
+        from safetensors.torch import load_file
+
+        parts = {"text_encoder": "model", "transformer": "diffusion_pytorch_model"}
+        for part, file in parts.items():
+            weights = load_file(folder / part / f"{file}.safetensors")
+            getattr(self.model, part).load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+        self.average = {k: v.clone() for k, v in self.model.state_dict().items()}
 
     def averaged(self) -> TeacherModel:
         """The model with the averaged weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,9 +69,14 @@ class PixArt(Backbone):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         parts = []
+        usual = inspect.signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default
+        longest = min(usual, self.pipeline.tokenizer.model_max_length)  # more would be padding, which is masked anyway
         for start in range(0, len(prompts), _ENCODE_BATCH):
             batch = list(prompts[start : start + _ENCODE_BATCH])
-            parts.append(self.pipeline.encode_prompt(batch, do_classifier_free_guidance=False, device=self.device)[:2])
+            encoded = self.pipeline.encode_prompt(
+                batch, do_classifier_free_guidance=False, device=self.device, max_sequence_length=longest
+            )
+            parts.append(encoded[:2])
         states, masks = zip(*parts, strict=True)
         return {STATES: torch.cat(states), MASK: torch.cat(masks)}
 

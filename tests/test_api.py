@@ -1,0 +1,101 @@
+"""The public names, and any function as a teacher."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.api import RoleOptions
+from fewstep.errors import FewstepError
+from fewstep.methods import preset
+from fewstep.training.options import TrainOptions
+
+PROMPTS = ["a frog", "a red apple on a blue background", "a 3d pizza"]
+QUICK = TrainOptions(iterations=2, batch=4, warmup=1, log_every=1, tensorboard=False)
+
+
+def test_importing_fewstep_is_light() -> None:
+    code = "import sys, fewstep; assert 'torch' not in sys.modules; print(fewstep.__version__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    with pytest.raises(AttributeError):
+        fewstep.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("roles", ["adapters", "copies", "mixed"])
+def test_five_lines_distil_a_student_that_samples(roles: str, tmp_path: Path, tiny_teacher: Path) -> None:
+    teacher = fewstep.load_teacher(tiny_teacher)
+    student = fewstep.distill(
+        teacher, "tdm", out=tmp_path / "run", prompts=PROMPTS, roles=RoleOptions(roles=roles), train_options=QUICK
+    )
+    images = fewstep.sample(student, PROMPTS, seeds=5, steps=4)
+    assert images.shape == (3, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    again = fewstep.sample(tmp_path / "run" / "student", PROMPTS, seeds=[5, 6, 7])
+    assert torch.equal(images, again)
+
+
+def test_the_saved_student_is_the_averaged_one_in_training(tmp_path: Path, tiny_teacher: Path) -> None:
+    from fewstep.api import LiveStudent
+    from fewstep.training.loop import Hooks
+
+    seen: list[torch.Tensor] = []
+    made: list[LiveStudent] = []
+    original = LiveStudent.__init__
+
+    def watch(self: LiveStudent, seats: object, options: object) -> None:
+        original(self, seats, options)  # type: ignore[arg-type]
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveStudent, "__init__", watch)
+        fewstep.distill(tiny_teacher, "tdm-unify", out=tmp_path / "a", prompts=PROMPTS, train_options=QUICK)
+    hooks = Hooks(sample=lambda iteration: seen.append(made[0].latents(PROMPTS, [1, 2, 3], 2)))
+    assert made[0].grids.keys() == {1, 2, 4, 8}
+    student = fewstep.load_student(tmp_path / "a" / "student")
+    assert student.steps_aware
+    assert hooks.sample is not None
+    hooks.sample(2)  # the roles hold the last weights here, the folder the average: near, not equal
+    saved = student.latents(PROMPTS, [1, 2, 3], 2)
+    assert 0 < float((seen[0] - saved).norm() / saved.norm()) < 0.1
+
+
+def test_options_of_a_method_can_be_replaced(tmp_path: Path, tiny_teacher: Path) -> None:
+    options = replace(preset("tdm"), steps=2, guidance_scale=1.0)  # type: ignore[type-var]
+    student = fewstep.distill(tiny_teacher, options, out=tmp_path / "run", prompts=PROMPTS, train_options=QUICK)
+    assert student.grids.keys() == {2}
+    assert student.card["details"]["method"]["guidance_scale"] == 1.0
+
+
+def test_prompts_are_needed_and_must_not_be_empty(tmp_path: Path, tiny_teacher: Path) -> None:
+    for prompts in ([], ["a frog", " "]):
+        with pytest.raises(FewstepError, match="empty prompt"):
+            fewstep.distill(tiny_teacher, out=tmp_path / "run", prompts=prompts, train_options=QUICK)
+    with pytest.raises(FewstepError, match="--prompts"):
+        fewstep.distill(tiny_teacher, out=tmp_path / "run", train_options=QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_embedded_teacher_and_its_judge_load_and_sample() -> None:
+    from fewstep.evaluation.run import evaluate_scenes, reference_features
+    from fewstep.evaluation.scenes import evaluation_captions
+
+    teacher = fewstep.load_teacher()
+    images = fewstep.sample(teacher, ["a red apple on a white background"], steps=2)
+    assert images.shape == (1, 3, 64, 64)
+    reference = reference_features()
+    assert reference.shape == (1024, 128)
+    result = evaluate_scenes(teacher, steps=1, count=16)
+    assert result.calls == 2
+    assert result.scores.images == 16
+    assert len(evaluation_captions(16)) == 16
+
+
+def test_evaluation_refuses_other_picture_sizes(tmp_path: Path, tiny_teacher: Path) -> None:
+    with pytest.raises(FewstepError, match="fewstep compare"):
+        fewstep.evaluate(fewstep.load_teacher(tiny_teacher), steps=1, count=16)
