@@ -54,12 +54,13 @@ def test_the_loss_is_zero_at_the_truth_and_its_gradient_stays_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(6, 4, 5, 5, generator=generator) for _ in range(2))
     index = torch.tensor([0, 1, 50, 300, 700, 999])
+    options = TeacherOptions(min_snr=5.0, velocity_cap=200.0)
     exact = torch.cat([noise, -torch.ones_like(noise)], 1)  # the noise, and the posterior's own log variance
-    assert diffusion_loss(exact, x0, noise, index, 5.0).abs().max() < 1e-5
+    assert diffusion_loss(exact, x0, noise, index, options).abs().max() < 1e-5
     wrong = (torch.cat([noise + 0.3, 0.2 * torch.ones_like(noise)], 1)).requires_grad_()
-    losses = diffusion_loss(wrong, x0, noise, index, 5.0)
+    losses = diffusion_loss(wrong, x0, noise, index, options)
     bar = noise_schedule()[index]
-    weight = torch.where(bar / (1 - bar) > 5, 5 * (1 - bar) / bar**2, 1 / bar).float()
+    weight = torch.where(bar / (1 - bar) > 5, 5 * (1 - bar) / bar**2, (1 / bar).clamp(max=200)).float()
     assert (losses > 0.0899 * weight).all()  # the weighted noise error, plus a positive bound
     losses.sum().backward()
     predicted, mix = wrong.grad.chunk(2, 1)

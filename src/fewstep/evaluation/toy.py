@@ -1,0 +1,220 @@
+"""Small roles and a bare training loop, with which the known answers exercise the real methods in seconds.
+
+The students and critics here are as expressive as the known answer needs and start at the teacher, as copies of a
+network would. The loop is the methods' algorithm box without anything a real run needs (that is `fewstep.training`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.rollout import Path
+from fewstep.core.solvers import noise_at
+from fewstep.core.streams import Draw
+from fewstep.core.tensors import Condition, expand
+from fewstep.evaluation.exact import MixtureTeacher
+from fewstep.methods.base import LANDING, STEPS, Batch, Loss, Method
+
+
+class ToyRoles:
+    """An exact teacher with any two denoisers as student and critic."""
+
+    def __init__(self, teacher: MixtureTeacher, student: nn.Module, critic: nn.Module) -> None:
+        self.process = teacher.process
+        self.teacher = teacher
+        self.student = student
+        self.critic = critic
+
+    def null(self, condition: Condition) -> Condition:
+        return self.teacher.null(condition)
+
+
+class BulkDraw(Draw):
+    """The interface of `core.streams.Draw` from one generator: fast, but not reproducible per sample.
+
+    Every call gives new numbers, whatever its name.
+    """
+
+    def __init__(self, count: int, generator: torch.Generator) -> None:
+        super().__init__((), range(count))
+        self._count = count
+        self._generator = generator
+
+    def sub(self, name: str | int) -> BulkDraw:
+        return self
+
+    def normal(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        return torch.randn(self._count, *shape, generator=self._generator, dtype=dtype).to(device)
+
+    def uniform(self, name: str) -> Tensor:
+        return torch.rand(self._count, generator=self._generator, dtype=torch.float64)
+
+    def integers(self, name: str, high: int | Tensor) -> Tensor:
+        return (self.uniform(name) * torch.as_tensor(high)).floor().long()
+
+    def common(self, name: str) -> float:
+        return float(torch.rand((), generator=self._generator))
+
+
+class LinearStudent(nn.Module):
+    """One matrix per call, x -> x W, starting at the (zero-mean Gaussian) teacher's own denoiser at that time.
+
+    `grids` gives the times of each step count; if the condition "steps" is there, it says which of them is meant.
+    """
+
+    def __init__(self, teacher: MixtureTeacher, grids: dict[int, Tensor]) -> None:
+        super().__init__()
+        calls = [(steps, float(time)) for steps, grid in grids.items() for time in grid[:-1]]
+        self.counts = torch.tensor([float(steps) for steps, _ in calls])
+        self.times = torch.tensor([time for _, time in calls], dtype=torch.float64)
+        d = teacher.dimensions
+        basis = torch.eye(d, dtype=teacher.means.dtype).repeat(len(calls), 1)
+        self.weight = nn.Parameter(teacher(basis, self.times.repeat_interleave(d), {}))  # (calls d, d)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        mismatch = (t[:, None] - self.times).abs()  # (B, calls)
+        if STEPS in condition:
+            mismatch = mismatch + (condition[STEPS][:, None] - self.counts).abs()
+        return _tabled(x, mismatch.argmin(1), len(self.times)) @ self.weight
+
+
+class PolynomialCritic(nn.Module):
+    """x -> x W(tau), W a Chebyshev polynomial per segment, starting at the (zero-mean Gaussian) teacher's denoiser.
+
+    Linear in its parameters, so it can become the exact denoiser of the renoised landing points of a linear student.
+    The segment is found from tau, or, where the condition "landing" is there, from that; and from "steps" likewise.
+    `to_top`: the polynomial of a segment reaches to the start of its grid (range "to_T"), not to the time of its call.
+    """
+
+    def __init__(self, teacher: MixtureTeacher, grids: dict[int, Tensor], terms: int = 6, to_top: bool = False) -> None:
+        super().__init__()
+        self.counts = torch.tensor([float(steps) for steps, grid in grids.items() for _ in grid[1:]])
+        self.low = torch.cat([grid[1:] for grid in grids.values()])
+        self.high = torch.cat([grid[:-1] for grid in grids.values()])
+        self.top = torch.cat([grid[:1].expand(len(grid) - 1) if to_top else grid[:-1] for grid in grids.values()])
+        self.terms = terms
+        self.weight = nn.Parameter(self._interpolated(teacher))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        time = condition.get(LANDING, t)[:, None]
+        mismatch = (time.clamp(self.low, self.low if LANDING in condition else self.high) - time).abs()  # (B, segments)
+        if STEPS in condition:
+            mismatch = mismatch + (condition[STEPS][:, None] - self.counts).abs()
+        segment = mismatch.argmin(1)
+        low, top = self.low[segment], self.top[segment]
+        powers = self._chebyshev((2 * t - low - top) / (top - low)).to(x.dtype)  # (B, terms)
+        features = (powers[:, :, None] * x[:, None]).flatten(1)  # (B, terms d)
+        return _tabled(features, segment, len(self.low)) @ self.weight
+
+    def _chebyshev(self, z: Tensor) -> Tensor:
+        """T_0 to T_{terms-1} at z (B,) in [-1, 1]: (B, terms)."""
+        values = [torch.ones_like(z), z]
+        while len(values) < self.terms:
+            values.append(2 * z * values[-1] - values[-2])
+        return torch.stack(values, 1)
+
+    def _interpolated(self, teacher: MixtureTeacher) -> Tensor:
+        """The coefficients (segments terms d, d) that equal the teacher at the Chebyshev nodes of every segment."""
+        d = teacher.dimensions
+        nodes = torch.cos(torch.pi * (torch.arange(self.terms, dtype=torch.float64) + 0.5) / self.terms)
+        times = (self.low[:, None] + self.top[:, None]) / 2 + (self.top - self.low)[:, None] / 2 * nodes
+        basis = torch.eye(d, dtype=teacher.means.dtype).repeat(times.numel(), 1)
+        values = teacher(basis, times.flatten().repeat_interleave(d), {}).view(*times.shape, d * d)
+        return (torch.linalg.inv(self._chebyshev(nodes)).to(values.dtype) @ values).reshape(-1, d)
+
+
+class ResidualMLP(nn.Module):
+    """The teacher's own denoised prediction plus a small network's correction, which starts at zero.
+
+    The network sees x, time, log2 of the condition "steps" and the condition "landing" where they are given.
+    """
+
+    def __init__(self, teacher: MixtureTeacher, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(4))
+        d = teacher.dimensions
+        features = 3 * d + 3 * (1 + 2 * 4)
+        sizes = [features] + [width] * depth
+        layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.network = nn.Sequential(*layers, nn.Linear(width, 2 * d))
+        nn.init.zeros_(self.network[-1].weight)
+        nn.init.zeros_(self.network[-1].bias)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        absent = torch.zeros_like(t)
+        steps = condition[STEPS].log2() / 3 if STEPS in condition else absent
+        numbers = torch.stack([t, steps, condition.get(LANDING, absent)], 1).to(x.dtype)  # (B, 3)
+        angles = (numbers[:, :, None] * self.frequencies).flatten(1)
+        with torch.no_grad():
+            start = self.teacher(x, t, condition)
+            eps = noise_at(self.teacher.process, x, start, t)
+            noise = expand(self.teacher.process.sigma(t), x) * eps
+        gain, offset = self.network(torch.cat([x, start, eps, numbers, angles.sin(), angles.cos()], 1)).chunk(2, 1)
+        return start + gain * noise + offset
+
+
+def _tabled(x: Tensor, row: Tensor, rows: int) -> Tensor:
+    """x (B, d) in the columns of its `row` and zeros elsewhere, (B, rows d): times a table, that row's block."""
+    one_hot = torch.nn.functional.one_hot(row, rows).to(x.dtype)
+    return (one_hot[:, :, None] * x[:, None]).flatten(1)
+
+
+def distil(
+    method: Method,
+    roles: ToyRoles,
+    *,
+    iterations: int,
+    batch: int,
+    student_rate: float,
+    critic_rate: float,
+    seed: int = 0,
+    condition: Callable[[torch.Generator], Condition] | None = None,
+    average: float = 0.98,
+) -> None:
+    """Alternating training (card 3) with Adam, beta1 = 0, rates falling to zero by a cosine; changes `roles` in place.
+
+    Args:
+        average: decay of the running mean of the student's parameters, which replaces them at the end; 0 for none.
+        condition: draws the conditions of a batch; none by default.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = BulkDraw(batch, generator)
+    dtype, d = roles.teacher.means.dtype, roles.teacher.dimensions
+    critic = torch.optim.Adam(roles.critic.parameters(), critic_rate, betas=(0.0, 0.999))
+    student = torch.optim.Adam(roles.student.parameters(), student_rate, betas=(0.0, 0.999))
+
+    def path() -> Path:
+        told = condition(generator) if condition else {}
+        return method.rollout(Batch(told, torch.arange(batch), (d,), dtype), roles, draw)
+
+    def update(optimiser: torch.optim.Adam, rate: float, loss: Loss) -> None:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.zero_grad()
+        loss.values.mean().backward()
+        optimiser.step()
+
+    mean = [parameter.detach().clone() for parameter in roles.student.parameters()]
+    for iteration in range(iterations):
+        fade = 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+        walked = path()
+        for _ in range(method.critic_updates):
+            update(critic, fade * critic_rate, method.critic_loss(walked, roles, draw))
+        update(student, fade * student_rate, method.student_loss(walked, roles, draw))
+        for running, parameter in zip(mean, roles.student.parameters(), strict=True):
+            running.lerp_(parameter.detach(), 1 - average)
+    with torch.no_grad():
+        for running, parameter in zip(mean, roles.student.parameters(), strict=True):
+            parameter.copy_(running)

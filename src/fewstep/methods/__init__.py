@@ -1,0 +1,28 @@
+"""Published methods, each a short recipe over the engine. `METHODS` maps a name to the preset that returns its options.
+
+A preset's options are a dataclass of which every field can be replaced; `options.build()` gives the method itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fewstep.errors import FewstepError
+from fewstep.methods.base import Batch, Loss, Method, Needs, Options, Roles
+from fewstep.methods.tdm_options import TDMOptions, tdm, tdm_paper, tdm_unify
+
+METHODS: dict[str, Callable[[], Options]] = {"tdm": tdm, "tdm-paper": tdm_paper, "tdm-unify": tdm_unify}
+
+
+def preset(name: str) -> Options:
+    """The options of the method called `name`.
+
+    Raises:
+        FewstepError: there is no such method.
+    """
+    if name not in METHODS:
+        raise FewstepError(f"found method {name!r}, expected one of {sorted(METHODS)}, fix: see `fewstep methods`")
+    return METHODS[name]()
+
+
+__all__ = ["METHODS", "Batch", "Loss", "Method", "Needs", "Options", "Roles", "TDMOptions", "preset"]

@@ -1,0 +1,166 @@
+"""What a method is, what it is given, and what it returns.
+
+A method is a pair of losses over one trajectory of the student. It owns no optimiser, device, rank, file or model name;
+the trainer owns all of these and knows methods only through the protocols of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.core.process import Process
+from fewstep.core.rollout import Path
+from fewstep.core.streams import Draw
+from fewstep.core.tensors import Condition
+
+STEPS = "steps"
+"""Condition key of the step count K: (B,) floats. Read by steps-aware students and critics, ignored by teachers."""
+
+LANDING = "landing"
+"""Condition key of the time of the landing point a critic is asked about: (B,) floats in [0, 1)."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One value per sample and what to log about them."""
+
+    values: Tensor
+    """(B,), with gradient; the trainer averages them."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Detached scalars by name."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an iteration starts from: no pixels, only conditions and which samples they are."""
+
+    condition: Condition
+    """Tensors with B rows; may be empty for unconditional teachers."""
+    samples: Tensor
+    """(B,) long, global sample indices: all randomness of a sample follows from them."""
+    noise_shape: tuple[int, ...]
+    """Shape of one sample, without the batch axis."""
+    dtype: torch.dtype = torch.float32
+    """Of the student's path. Its device is that of `samples`."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method cannot run without; the trainer says at start, in a sentence, what is missing."""
+
+    critic: bool = False
+    discriminator: bool = False
+    real_data: bool = False
+    steps_condition: bool = False
+    """Student and critic must read the condition "steps"."""
+    landing_condition: bool = False
+    """The critic must read the condition "landing"."""
+
+
+class Roles(Protocol):
+    """The three networks as denoisers, however they share weights."""
+
+    process: Process
+
+    def teacher(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+
+    def student(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+
+    def critic(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+
+    def null(self, condition: Condition) -> Condition:
+        """The condition of the empty prompt, for the same batch."""
+        ...
+
+
+class Method(Protocol):
+    """One published method with its options: a rollout and two losses over it."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def options(self) -> Options:
+        """What it was built from: part of a run's identity when it is resumed."""
+        ...
+
+    @property
+    def needs(self) -> Needs: ...
+
+    @property
+    def critic_updates(self) -> int:
+        """Critic updates per student update."""
+        ...
+
+    def forwards(self, steps: int | None = None) -> float:
+        """Expected network forwards per sample and iteration, guided ones counting 2.
+
+        `steps` None: the mean over the step counts of the options.
+        """
+        ...
+
+    def rollout(self, batch: Batch, roles: Roles, draw: Draw) -> Path:
+        """The student's trajectory of this iteration, computed as far as the losses below ask for it."""
+        ...
+
+    def critic_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
+        """Gradient to the critic only. Give each of several updates its own `draw.sub(update)`."""
+        ...
+
+    def student_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
+        """Gradient to the student only."""
+        ...
+
+
+class Options(Protocol):
+    """Settings of a method: a dataclass that checks itself and builds the method."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The step counts that the student is trained for."""
+        ...
+
+    def time_grid(self, steps: int) -> Tensor:
+        """The K+1 times of a student with `steps` calls, float64."""
+        ...
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def validate(self) -> None:
+        """Raises FewstepError for a value out of range or a contradiction."""
+        ...
+
+    def build(self) -> Method: ...
+
+
+def mean_loss(losses: Sequence[Loss]) -> Loss:
+    """The mean of several losses of one batch, values and metrics alike."""
+    values = torch.stack([loss.values for loss in losses]).mean(0)
+    names = losses[0].metrics
+    return Loss(values, {name: torch.stack([loss.metrics[name] for loss in losses]).mean() for name in names})
+
+
+def spread_metrics(denoised: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation of all elements: a growing spread means saturation, a falling one blur."""
+    values = denoised.detach().float()
+    return {"denoised_mean": values.mean(), "denoised_std": values.std()}
+
+
+def agreement_metrics(denoised: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """How far teacher and critic agree about the student's samples, each seen from the student's own `denoised`.
+
+    - real_fake_cosine: mean cosine between real - denoised and fake - denoised. Near 1 is healthy; a falling value
+      means that the student leaves the teacher's law or that the critic lags.
+    - real_fake_gap: rms of real - fake over rms of real - denoised. Falls towards 0 as the laws meet.
+    - direction: mean |real - fake|, in units of the data.
+    """
+    real, fake, denoised = (part.detach().float().flatten(1) for part in (real, fake, denoised))
+    cosine = torch.cosine_similarity(real - denoised, fake - denoised, dim=1)
+    gap = (real - fake).square().mean().sqrt() / (real - denoised).square().mean().sqrt().clamp(min=1e-12)
+    return {"real_fake_cosine": cosine.mean(), "real_fake_gap": gap, "direction": (real - fake).abs().mean()}
