@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--count", type=int, default=512, help="images per evaluation")
+    parser.add_argument("--count", type=int, default=256, help="images per evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=float("inf"))

@@ -89,7 +89,8 @@ def test_the_embedded_teacher_and_its_judge_load_and_sample() -> None:
     images = fewstep.sample(teacher, ["a red apple on a white background"], steps=2)
     assert images.shape == (1, 3, 64, 64)
     reference = reference_features()
-    assert reference.shape == (1024, 128)
+    assert len(reference) >= 256
+    assert reference.shape[1] == 128
     result = evaluate_scenes(teacher, steps=1, count=16)
     assert result.calls == 2
     assert result.scores.images == 16

@@ -165,14 +165,14 @@ def sample(
 
 
 def evaluate(
-    model: Teacher | Student | str | Path, *, steps: int | None = None, count: int = 512, seed: int = 0, **more: Any
+    model: Teacher | Student | str | Path, *, steps: int | None = None, count: int = 256, seed: int = 0, **more: Any
 ) -> dict[str, float]:
     """Quality, prompt-following and variety on held-out captions of the embedded data set (see `evaluation.scenes`).
 
     Args:
         model: the embedded teacher or a student of it, loaded or its folder.
         steps: solver steps.
-        count: images, at most the size of the shipped reference set (1024).
+        count: images, 16 to the size of the shipped reference set; compare only figures of equal count.
         seed: of the captions' noise; the reference set's own is another.
         more: for `sample`, such as `guidance_scale`.
     """

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fewstep.core.tensors import expand
+from fewstep.errors import FewstepError
 from fewstep.evaluation import known_answers as known
 from fewstep.evaluation.exact import MixtureTeacher
 from fewstep.methods.tdm import TDM, Query
@@ -99,16 +100,23 @@ class Idle(TDM):
         return replace(loss, values=0 * loss.values)
 
 
-class WrongRange(TDM):
-    """tau is drawn from below the landing point's own segment: the fraction of the segment above is thrown away."""
+class WrongTime(TDM):
+    """Teacher and critic are told another time of the segment than x_tau has."""
 
     def _query(self, path: Any, landing: Any, draw: Any) -> Query:
-        high = landing.t_from - landing.t
         query = super()._query(path, landing, draw)
-        return replace(query, tau=(query.tau - 0.5 * high).clamp(min=0.02))
+        return replace(query, tau=landing.t + landing.t_from - query.tau)
 
 
-BROKEN: list[Callable[..., TDM]] = [Reversed, FromDenoised, Idle, WrongRange]
+class BelowTheLanding(TDM):
+    """tau is drawn from below the landing point's own segment."""
+
+    def _query(self, path: Any, landing: Any, draw: Any) -> Query:
+        query = super()._query(path, landing, draw)
+        return replace(query, tau=(query.tau - 0.5 * (landing.t_from - landing.t)).clamp(min=0.02))
+
+
+BROKEN: list[Callable[..., TDM]] = [Reversed, FromDenoised, Idle, WrongTime]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)
@@ -117,6 +125,12 @@ def test_a_broken_variant_fails(broken: Callable[..., TDM]) -> None:
     options = replace(known.EXACT, steps=2)
     errors = known.gaussian_errors("flow", 2, options, broken(options), iterations=400)
     assert not max(errors) <= 0.05
+
+
+def test_a_range_below_the_landing_point_is_refused_by_the_engine() -> None:
+    options = replace(known.EXACT, steps=2)
+    with pytest.raises(FewstepError, match="at or after the source"):
+        known.gaussian_errors("flow", 2, options, BelowTheLanding(options), iterations=5)
 
 
 def test_the_real_method_passes_where_the_broken_ones_fail() -> None:

@@ -30,7 +30,7 @@ class Compare:
     seed: int = 0
     """Seed of the first prompt's picture; the next ones count up."""
     scores: int = 0
-    """Images per candidate for the judge's scores (embedded teacher and students of it); 0: none, else 16 to 1024."""
+    """Images per candidate for the judge's scores (embedded teacher and students of it); 0: none."""
     log: Path | None = None
     """log.jsonl of a run whose curves are shown."""
     out: Path = Path("runs/compare")

@@ -29,7 +29,7 @@ class Demo:
     iterations: int = 100
     """Iterations of the distillation."""
     scores: int = 256
-    """Images per candidate for the scores, 16 to 1024; 0: none."""
+    """Images per candidate for the scores, 16 or more; 0: none."""
     processes: int = 0
     """Training processes; 0: one per core up to two, one on a GPU."""
     device: str = "auto"

@@ -14,7 +14,7 @@ from fewstep.models.teacher import Teacher
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Score samples for held-out captions against the teacher's guided 50-step samples (1,024 shipped features)."""
+    """Score samples for held-out captions against the teacher's guided 50-step samples (shipped features)."""
 
     student: str = EMOJI
     """A student's folder, or `emoji` for the teacher itself."""
@@ -22,8 +22,8 @@ class Evaluate:
     """Step counts to score; the model's own unless told."""
     guidance_scale: float | None = None
     """For the teacher only: 1 means none."""
-    count: int = 512
-    """Images per step count, 16 to 1024; compare only figures of equal count."""
+    count: int = 256
+    """Images per step count, 16 to the size of the reference set; compare only figures of equal count."""
     seed: int = 0
     """Seed of the noise."""
     out: Path | None = None

@@ -262,7 +262,8 @@ def steps_aware_gains(steps_condition: bool = True) -> Row:
     first, worst = torch.ones(1, 1, dtype=torch.float64), 0.0
     for steps in all_grids:
         told = {STEPS: torch.tensor([float(steps)])} if steps_condition else {}
-        found = float(student(first, torch.ones(1, dtype=torch.float64), told))
+        with torch.no_grad():
+            found = float(student(first, torch.ones(1, dtype=torch.float64), told))
         worst = max(worst, abs(found - true_gains(std, steps)[0]))
     return Row("flow: first gain of one student for K = 1, 2, 4, 8, worst error", worst, 0.03)
 

@@ -59,7 +59,7 @@ def evaluate_scenes(
     model: Teacher | Student | str | Path,
     *,
     steps: int | None = None,
-    count: int = 512,
+    count: int = 256,
     seed: int = 0,
     reference: Tensor | None = None,
     judge: Judge | None = None,
