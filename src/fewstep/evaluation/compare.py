@@ -81,6 +81,7 @@ def compare(
         )
     candidates, histograms = [], {name: {} for name in ATTRIBUTES if name != "thing"}  # type: ignore[var-annotated]
     for entry in entries:
+        entry.model.sample(prompts[:1], seeds[:1], 1 if isinstance(entry.model, Teacher) else entry.steps)  # warm-up
         start = time.perf_counter()
         images = entry.model.sample(prompts, seeds, entry.steps)
         seconds = (time.perf_counter() - start) / len(prompts)
