@@ -158,6 +158,10 @@ def export(training: TeacherTraining, out: Path) -> Path:
     for name in ("model_index.json", "tokenizer/tokenizer_config.json"):  # a name that transformers 4 knows, too
         path = folder / name
         path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    for path in folder.glob("*/config.json"):  # no paths of the machine it was made on
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     notes = {**asdict(training.options), "iterations": training.iteration}
     (folder / "training.json").write_text(json.dumps(notes, indent=1) + "\n")
     return folder
