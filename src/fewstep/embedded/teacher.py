@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.data.scenes import ATTRIBUTES, COUNTS, Scenes, draw_caption
 from fewstep.data.things import BACKGROUNDS, STYLES, THINGS
 from fewstep.embedded.autoencoder import LATENT_SHAPE
+from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, PixArtAlphaPipeline, PixArtTransformer2DModel
@@ -47,7 +50,7 @@ class TeacherOptions:
     batch: int = 64
     """Scenes per step, over all processes."""
     rate: float = 1e-3
-    """AdamW's learning rate; linear warm-up over 200 steps, constant, linear to zero over the last part."""
+    """Learning rate of Muon and AdamW; linear warm-up over 200 steps, constant, linear to zero over the last part."""
     cooldown: float = 0.25
     """The part of the iterations over which the rate falls to zero."""
     drop: float = 0.1
@@ -60,6 +63,8 @@ class TeacherOptions:
     """Cap of the loss's weight at the high-noise end; see `diffusion_loss`."""
     ema: float = 0.998
     """Decay of the averaged weights that are saved, per step."""
+    bf16: bool = False
+    """Matrix products in bf16: 1.7 times faster on CPUs with AVX512-BF16, ten times slower on those without."""
     seed: int = 0
 
 
@@ -200,6 +205,8 @@ class TeacherModel(nn.Module):
         self.tokenizer = build_tokenizer()
         self.text_encoder = build_text_encoder(len(self.tokenizer))
         self.transformer = build_transformer()
+        _exempt(self.transformer.pos_embed.proj)  # noise in and noise out: bf16 has too few digits for t = 999
+        _exempt(self.transformer.proj_out)
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, captions: list[str]) -> torch.Tensor:
         tokens = self.tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
@@ -210,6 +217,49 @@ class TeacherModel(nn.Module):
             x, encoder_hidden_states=states, encoder_attention_mask=tokens.attention_mask, timestep=index,
             added_cond_kwargs=extra,
         ).sample  # fmt: skip
+
+
+def build_optimisers(model: TeacherModel) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices inside the networks, AdamW for what goes in, comes out or is a vector.
+
+    On the same scenes, 200 steps of Muon lowered the loss as far as thousands of AdamW's would have
+    (docs/findings/teacher-optimiser.md).
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise FewstepError(
+            f"found torch {torch.__version__}, expected 2.9 or newer for training the teacher (its optimiser is Muon), "
+            "fix: pip install -U torch"
+        )
+    inside: list[nn.Parameter] = []
+    outside: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        edge = parameter.ndim != 2 or any(part in name for part in ("shared", "relative", "table", "proj_out"))
+        (outside if edge else inside).append(parameter)
+    return [
+        torch.optim.Muon(inside, lr=0.0, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outside, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2),
+    ]
+
+
+@contextmanager
+def _precision(bf16: bool, device: str) -> Iterator[None]:
+    """Matrix products in bf16 if wanted; attention by plain products then, whose backward pass is fast on CPUs."""
+    if not bf16:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(torch.device(device).type, torch.bfloat16):
+        yield
+
+
+def _exempt(module: nn.Module) -> None:
+    """Let `module` work in fp32 under autocast."""
+    forward = module.forward
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
+
+    module.forward = exact  # type: ignore[method-assign]
 
 
 def learning_rate(iteration: int, options: TeacherOptions) -> float:
@@ -237,7 +287,7 @@ class TeacherTraining:
         self.data, self.options, self.device, self.rank, self.world = data, options, device, rank, world
         self.model = TeacherModel().to(device)
         self.average = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2)
+        self.optimisers = build_optimisers(self.model)
         self.iteration = 0
 
     def step(self) -> float:
@@ -251,15 +301,17 @@ class TeacherTraining:
         index = torch.from_numpy((rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0) * STEPS).long()
         index = index.to(self.device)
         bar = noise_schedule().to(self.device)[index].float().view(-1, 1, 1, 1)
-        output = self.model(bar.sqrt() * x0 + (1 - bar).sqrt() * noise, index, captions)
+        with _precision(o.bf16, self.device):
+            output = self.model(bar.sqrt() * x0 + (1 - bar).sqrt() * noise, index, captions)
         loss = diffusion_loss(output, x0, noise, index, o).mean()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         self._reduce()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.iteration, o)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(self.iteration, o)
+            optimiser.step()
         self.iteration += 1
         decay = min(o.ema, self.iteration / (self.iteration + 20))
         current = self.model.state_dict()
@@ -292,8 +344,9 @@ class TeacherTraining:
 
         state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         state |= {f"average.{k}": v for k, v in self.average.items()}
-        for i, slot in self.optimiser.state_dict()["state"].items():
-            state |= {f"optimiser.{i}.{k}": torch.as_tensor(v) for k, v in slot.items()}
+        for o, optimiser in enumerate(self.optimisers):
+            for i, slot in optimiser.state_dict()["state"].items():
+                state |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v) for k, v in slot.items()}
         temporary = path.with_suffix(".tmp")
         save_file({k: v.contiguous().clone() for k, v in state.items()}, temporary, {"iteration": str(self.iteration)})
         temporary.replace(path)
@@ -307,12 +360,12 @@ class TeacherTraining:
             part = lambda name: {k.removeprefix(name): f.get_tensor(k) for k in f.keys() if k.startswith(name)}  # noqa: E731, SIM118
             self.model.load_state_dict(part("model."))
             self.average = part("average.")
-            slots: dict[int, dict[str, torch.Tensor]] = {}
-            for key, value in part("optimiser.").items():
-                i, name = key.split(".")
-                slots.setdefault(int(i), {})[name] = value
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": slots, "param_groups": groups})
+            for o, optimiser in enumerate(self.optimisers):
+                slots: dict[int, dict[str, torch.Tensor]] = {}
+                for key, value in part(f"optimiser.{o}.").items():
+                    i, name = key.split(".")
+                    slots.setdefault(int(i), {})[name] = value
+                optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
 
     def start_from(self, folder: Path) -> None:
         """Take over the weights of a pipeline folder written by `build.export`; the optimiser starts anew."""
