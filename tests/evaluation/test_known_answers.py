@@ -1,144 +1,117 @@
-"""The known answers hold, and deliberately broken variants of TDM fail them (tests of the tests)."""
+"""The known answers hold, and deliberately broken variants of TDM fail them."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from fewstep.core.tensors import expand
+from fewstep.core.process import Flow
+from fewstep.core.renoise import renoise
+from fewstep.core.rollout import Landing, Path
+from fewstep.core.streams import Draw
 from fewstep.errors import FewstepError
-from fewstep.evaluation import known_answers as known
-from fewstep.evaluation.exact import MixtureTeacher
+from fewstep.evaluation.known_answers import full_checks, quick_checks
+from fewstep.evaluation.known_answers_fixed_points import critic_bias, right_gains
+from fewstep.evaluation.known_answers_training import gaussian_answers, gaussian_options
+from fewstep.methods.base import Loss, Roles
 from fewstep.methods.tdm import TDM, Query
 
-
-def assert_passed(rows: Any) -> None:
-    failed = [(row.name, row.measured, row.limit) for row in rows if not row.passed]
-    assert not failed
+ITERATIONS = 1200  # of the Gaussian at K = 2
 
 
-@pytest.mark.parametrize("process", known.PROCESSES)
-def test_what_the_teachers_network_predicts_makes_no_difference(process: str) -> None:
-    assert_passed(known.prediction_kinds(process, known.PROCESSES[process]()))
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("process", known.PROCESSES)
-def test_the_teachers_own_path_is_a_fixed_point(process: str) -> None:
-    assert_passed(known.transport_is_a_fixed_point(process, known.PROCESSES[process]()))
+@pytest.mark.parametrize("name", quick_checks())
+def test_known_answer(name: str) -> None:
+    for answer in quick_checks()[name]():
+        assert answer.passed, f"{answer.name}: {answer.measured:.4g}, expected {answer.limit}"
 
 
-def test_the_published_target_is_off_at_intermediate_boundaries_as_the_card_says() -> None:
-    one = torch.float64
-    teacher = MixtureTeacher(
-        known.PROCESSES["flow"](),
-        torch.tensor([0.3, 0.7], dtype=one),
-        torch.tensor([[-2.0], [1.5]], dtype=one),
-        torch.tensor([[[0.09]], [[0.25]]], dtype=one),
-    )
-    errors = known.regression_errors(teacher, 2, 100_000)
-    assert errors[0][0] < 0.05
-    assert 0.2 < errors[0][1] < 0.6  # rms 0.43 in x0 at a quarter of the segment
-    assert errors[1][1] < 0.05
+def test_full_checks_are_further_ones() -> None:
+    assert full_checks()
+    assert not quick_checks().keys() & full_checks().keys()
 
 
-@pytest.mark.parametrize("process", known.PROCESSES)
-def test_a_critic_alone_reaches_its_closed_form(process: str) -> None:
-    assert_passed(known.critic_alone(process, known.PROCESSES[process]()))
-
-
-@pytest.mark.parametrize("std", [1.0, 0.5])
-def test_gains_go_to_the_closed_form(std: float) -> None:
-    assert_passed(known.closed_form_gains(std))
-
-
-def test_the_closed_form_is_the_cards_table() -> None:
-    table = {1: [1.0], 2: [0.4142, 1.4142], 4: [0.1623, 0.6833, 1.2361, 1.2649]}
-    for steps, gains in table.items():
-        assert known.true_gains(1.0, steps) == pytest.approx(gains, abs=1e-4)
-    assert known.true_gains(2.0, 4) == pytest.approx([0.6056, 1.7210, 1.7203, 1.3152], abs=1e-4)
-    assert known.true_gains(0.5, 4) == pytest.approx([0.0414, 0.2056, 0.6125, 1.1094], abs=1e-4)
-
-
-def test_a_student_told_k_serves_every_k_and_an_untold_one_cannot() -> None:
-    assert_passed([known.steps_aware_gains()])
-    assert not known.steps_aware_gains(steps_condition=False).passed
-
-
-@pytest.mark.parametrize(("process", "target", "steps"), known.QUICK_RUNS)
-def test_alternating_training_reaches_the_gaussian(process: str, target: str, steps: int) -> None:
-    assert_passed(known.gaussian_run(process, target, steps))
+def test_closed_form_gains_are_the_cards() -> None:
+    """Item 9's table, first call first."""
+    for std, steps, gains in [
+        (1.0, 1, [1.0]),
+        (1.0, 2, [0.4142, 1.4142]),
+        (1.0, 4, [0.1623, 0.6833, 1.2361, 1.2649]),
+        (1.0, 8, [0.0711, 0.2610, 0.5317, 0.8507, 1.1231, 1.2540, 1.2361, 1.1314]),
+        (2.0, 4, [0.6056, 1.7210, 1.7203, 1.3152]),
+        (0.5, 4, [0.0414, 0.2056, 0.6125, 1.1094]),
+    ]:
+        grid = gaussian_options(steps, "exact").time_grid(steps)
+        assert right_gains(Flow(), std, grid) == pytest.approx(gains, abs=6e-5)
 
 
 class Reversed(TDM):
-    """The sign of the update is reversed."""
+    """Walks away from the teacher."""
 
-    def _student_loss(self, *args: Any) -> Any:
-        loss = super()._student_loss(*args)
-        return replace(loss, values=-loss.values)
+    def student_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
+        loss = super().student_loss(path, roles, draw)
+        return Loss(-loss.values, loss.metrics)
 
 
 class FromDenoised(TDM):
-    """x_tau is renoised from the clean prediction, not from the landing point."""
+    """Renoises the denoised sample instead of the landing point."""
 
-    def _query(self, path: Any, landing: Any, draw: Any) -> Query:
+    def _query(self, path: Path, landing: Landing, draw: Draw) -> Query:
         query = super()._query(path, landing, draw)
-        process = path.process
-        clean = landing.denoised.detach()
-        x = expand(process.alpha(query.tau), clean) * clean + expand(process.sigma(query.tau), clean) * query.noise
-        return replace(query, x=x)
+        clean = torch.zeros_like(landing.t)
+        x = renoise(path.process, landing.denoised.detach(), clean, query.tau, query.noise)
+        return Query(x, query.tau, query.noise)
 
 
-class Idle(TDM):
-    """The critic never trains."""
+class WrongRange(TDM):
+    """Asks about tau in the upper half of the whole axis, whatever the call."""
 
-    def critic_loss(self, *args: Any) -> Any:
-        loss = super().critic_loss(*args)
-        return replace(loss, values=0 * loss.values)
-
-
-class WrongTime(TDM):
-    """Teacher and critic are told another time of the segment than x_tau has."""
-
-    def _query(self, path: Any, landing: Any, draw: Any) -> Query:
+    def _query(self, path: Path, landing: Landing, draw: Draw) -> Query:
         query = super()._query(path, landing, draw)
-        return replace(query, tau=landing.t + landing.t_from - query.tau)
+        tau = torch.lerp(landing.t.clamp(min=0.5), torch.ones_like(query.tau), draw.uniform("tau").to(query.tau) * 0.98)
+        x = renoise(path.process, landing.x.detach(), landing.t, tau, query.noise)
+        return Query(x, tau, query.noise)
 
 
 class BelowTheLanding(TDM):
-    """tau is drawn from below the landing point's own segment."""
+    """Counts segments from the wrong end, so that tau can lie below the landing point."""
 
-    def _query(self, path: Any, landing: Any, draw: Any) -> Query:
-        query = super()._query(path, landing, draw)
-        return replace(query, tau=(query.tau - 0.5 * (landing.t_from - landing.t)).clamp(min=0.02))
-
-
-BROKEN: list[Callable[..., TDM]] = [Reversed, FromDenoised, Idle, WrongTime]
+    def _query(self, path: Path, landing: Landing, draw: Draw) -> Query:
+        tau = 0.5 * landing.t
+        noise = torch.randn_like(landing.x)
+        return Query(renoise(path.process, landing.x.detach(), landing.t, tau, noise), tau, noise)
 
 
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)
-def test_a_broken_variant_fails(broken: Callable[..., TDM]) -> None:
-    """With the settings of a known answer that the real method passes (flow, exact target, K = 2)."""
-    options = replace(known.EXACT, steps=2)
-    errors = known.gaussian_errors("flow", 2, options, broken(options), iterations=400)
-    assert not max(errors) <= 0.05
+def passes(method: TDM, **settings: float) -> bool:
+    return all(answer.passed for answer in gaussian_answers(Flow(), method, ITERATIONS, **settings))
 
 
-def test_a_range_below_the_landing_point_is_refused_by_the_engine() -> None:
-    options = replace(known.EXACT, steps=2)
-    with pytest.raises(FewstepError, match="at or after the source"):
-        known.gaussian_errors("flow", 2, options, BelowTheLanding(options), iterations=5)
+def test_intact_method_passes() -> None:
+    assert passes(TDM(gaussian_options(2, "exact")))
 
 
-def test_the_real_method_passes_where_the_broken_ones_fail() -> None:
-    options = replace(known.EXACT, steps=2)
-    start = known.gaussian_errors("flow", 2, options, iterations=0)
-    assert max(known.gaussian_errors("flow", 2, options, iterations=400)) < 0.25 * max(start)
+@pytest.mark.parametrize("broken", [Reversed, FromDenoised, WrongRange])
+def test_broken_method_fails(broken: type[TDM]) -> None:
+    assert not passes(broken(gaussian_options(2, "exact")))
 
 
-def test_rows_fail_on_not_a_number() -> None:
-    assert not known.Row("x", float("nan"), 1.0).passed
-    assert known.Row("x", 1.0, 1.0).passed
+def test_critic_that_never_trains_fails() -> None:
+    assert not passes(TDM(gaussian_options(2, "exact")), critic_rate=0.0)
+
+
+def test_tau_below_the_landing_point_is_refused() -> None:
+    with pytest.raises(FewstepError, match="draw tau from the landing time upwards"):
+        passes(BelowTheLanding(gaussian_options(2, "exact")))
+
+
+def test_clean_renoising_fails_the_fixed_point() -> None:
+    """Item 8 sees the wrong kernel too, without any training."""
+    from fewstep.evaluation import known_answers_fixed_points as fixed_points
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fixed_points, "TDM", FromDenoised)
+        assert max(critic_bias(Flow(), 4, "exact")[:-1]) > 0.05

@@ -163,6 +163,8 @@ def test_a_student_can_be_a_teacher(backbone: Backbone, tmp_path: Path) -> None:
     [
         (grids.uniform(1), "DDIMScheduler", {"num_inference_steps": 1}),
         (grids.uniform(4), "DDIMScheduler", {"num_inference_steps": 4}),
+        (grids.uniform(4, 0.9), "DDIMScheduler", {"num_inference_steps": 4}),
+        (grids.uniform(8, 0.8), "DDIMScheduler", {"num_inference_steps": 8}),
         (grids.explicit([999, 666, 332], 1000), "DPMSolverMultistepScheduler", {"num_inference_steps": 3}),
         (
             grids.explicit([999, 856, 665, 399], 1000),

@@ -128,7 +128,11 @@ class PredictingAs:
 
     def __init__(self, teacher: MixtureTeacher, kind: str) -> None:
         self.teacher = teacher
+        self.process = teacher.process
         self.kind = kind
+
+    def null(self, condition: Condition) -> Condition:
+        return self.teacher.null(condition)
 
     def network(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         alpha, sigma = self._scales(x, t)
@@ -139,8 +143,7 @@ class PredictingAs:
         return to_denoised(self.kind, self.network(x, t, condition), x, alpha, sigma)
 
     def _scales(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        process = self.teacher.process
-        return process.alpha(t).to(x.dtype), process.sigma(t).to(x.dtype)
+        return self.process.alpha(t).to(x.dtype), self.process.sigma(t).to(x.dtype)
 
 
 def ring(process: Process, weights: Sequence[float], radius: float, std: float, dtype: torch.dtype) -> MixtureTeacher:

@@ -13,18 +13,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.guidance import Denoiser
 from fewstep.core.rollout import Path
 from fewstep.core.solvers import noise_at
 from fewstep.core.streams import Draw
 from fewstep.core.tensors import Condition, expand
-from fewstep.evaluation.exact import MixtureTeacher
+from fewstep.evaluation.exact import MixtureTeacher, PredictingAs
 from fewstep.methods.base import LANDING, STEPS, Batch, Loss, Method
 
 
 class ToyRoles:
-    """An exact teacher with any two denoisers as student and critic."""
+    """An exact teacher, or one read through a network's output, with any two denoisers as student and critic."""
 
-    def __init__(self, teacher: MixtureTeacher, student: nn.Module, critic: nn.Module) -> None:
+    def __init__(self, teacher: MixtureTeacher | PredictingAs, student: Denoiser, critic: Denoiser) -> None:
         self.process = teacher.process
         self.teacher = teacher
         self.student = student
@@ -90,11 +91,11 @@ class LinearStudent(nn.Module):
 
 
 class PolynomialCritic(nn.Module):
-    """x -> x W(tau), W a Chebyshev polynomial per segment, starting at the (zero-mean Gaussian) teacher's denoiser.
+    """x -> x P(tau) with P a matrix polynomial (Chebyshev) per segment, starting at the (zero-mean Gaussian) teacher.
 
-    Linear in its parameters, so it can become the exact denoiser of the renoised landing points of a linear student.
-    The segment is found from tau, or, where the condition "landing" is there, from that; and from "steps" likewise.
-    `to_top`: the polynomial of a segment reaches to the start of its grid (range "to_T"), not to the time of its call.
+    Up to its degree, the exact denoiser of the renoised landing points of a linear student has this form. The segment
+    is found from tau, or, where the condition "landing" is there, from that; and from "steps" likewise. `to_top`: the
+    polynomial of a segment reaches to the start of its grid (tau range "to_T"), not to the time of its call.
     """
 
     def __init__(self, teacher: MixtureTeacher, grids: dict[int, Tensor], terms: int = 6, to_top: bool = False) -> None:
@@ -173,7 +174,9 @@ def _tabled(x: Tensor, row: Tensor, rows: int) -> Tensor:
 
 def distil(
     method: Method,
-    roles: ToyRoles,
+    teacher: MixtureTeacher,
+    student: nn.Module,
+    critic: nn.Module,
     *,
     iterations: int,
     batch: int,
@@ -183,7 +186,7 @@ def distil(
     condition: Callable[[torch.Generator], Condition] | None = None,
     average: float = 0.98,
 ) -> None:
-    """Alternating training (card 3) with Adam, beta1 = 0, rates falling to zero by a cosine; changes `roles` in place.
+    """Alternating training (card 3) with Adam, beta1 = 0, rates falling to zero by a cosine; changes both networks.
 
     Args:
         average: decay of the running mean of the student's parameters, which replaces them at the end; 0 for none.
@@ -191,13 +194,13 @@ def distil(
     """
     generator = torch.Generator().manual_seed(seed)
     draw = BulkDraw(batch, generator)
-    dtype, d = roles.teacher.means.dtype, roles.teacher.dimensions
-    critic = torch.optim.Adam(roles.critic.parameters(), critic_rate, betas=(0.0, 0.999))
-    student = torch.optim.Adam(roles.student.parameters(), student_rate, betas=(0.0, 0.999))
+    roles = ToyRoles(teacher, student, critic)
+    critic_adam = torch.optim.Adam(critic.parameters(), critic_rate, betas=(0.0, 0.999))
+    student_adam = torch.optim.Adam(student.parameters(), student_rate, betas=(0.0, 0.999))
 
     def path() -> Path:
         told = condition(generator) if condition else {}
-        return method.rollout(Batch(told, torch.arange(batch), (d,), dtype), roles, draw)
+        return method.rollout(Batch(told, torch.arange(batch), (teacher.dimensions,), teacher.means.dtype), roles, draw)
 
     def update(optimiser: torch.optim.Adam, rate: float, loss: Loss) -> None:
         for group in optimiser.param_groups:
@@ -206,15 +209,15 @@ def distil(
         loss.values.mean().backward()
         optimiser.step()
 
-    mean = [parameter.detach().clone() for parameter in roles.student.parameters()]
+    mean = [parameter.detach().clone() for parameter in student.parameters()]
     for iteration in range(iterations):
         fade = 0.5 * (1 + math.cos(math.pi * iteration / iterations))
         walked = path()
         for _ in range(method.critic_updates):
-            update(critic, fade * critic_rate, method.critic_loss(walked, roles, draw))
-        update(student, fade * student_rate, method.student_loss(walked, roles, draw))
-        for running, parameter in zip(mean, roles.student.parameters(), strict=True):
+            update(critic_adam, fade * critic_rate, method.critic_loss(walked, roles, draw))
+        update(student_adam, fade * student_rate, method.student_loss(walked, roles, draw))
+        for running, parameter in zip(mean, student.parameters(), strict=True):
             running.lerp_(parameter.detach(), 1 - average)
     with torch.no_grad():
-        for running, parameter in zip(mean, roles.student.parameters(), strict=True):
+        for running, parameter in zip(mean, student.parameters(), strict=True):
             parameter.copy_(running)

@@ -6,11 +6,12 @@ same share of every segment of a shifted grid; with shift 1 they are plain times
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.special import ndtr, ndtri
+from torch.special import erfc, ndtri
 
 from fewstep.core.grids import shift_time, unshift_time
 from fewstep.errors import FewstepError
@@ -45,7 +46,12 @@ def draw_tau(law: TauLaw, u: Tensor, low: Tensor, high: Tensor, *, shift: float,
         return shift_time(torch.lerp(unshift_time(low, shift), unshift_time(high, shift), u), shift)
     if law == "logit_normal":
         z_low, z_high = (low.logit() - mean) / std, (high.logit() - mean) / std
-        side = torch.where(z_low > 0, -1.0, 1.0)  # work in the lower tail, where ndtr keeps its digits
-        z = side * ndtri(torch.lerp(ndtr(side * z_low), ndtr(side * z_high), u))
+        side = torch.where(z_low > 0, -1.0, 1.0)  # work in the lower tail, where the quantiles keep their digits
+        z = side * ndtri(torch.lerp(_normal_cdf(side * z_low), _normal_cdf(side * z_high), u))
         return torch.sigmoid(mean + std * z).clamp(low, high)
     raise FewstepError(f"found tau law {law!r}, expected one of {TAU_LAWS}, fix: choose one of them")
+
+
+def _normal_cdf(z: Tensor) -> Tensor:
+    """Unlike torch.special.ndtr, exact far out in the lower tail."""
+    return 0.5 * erfc(-z / math.sqrt(2))

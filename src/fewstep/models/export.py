@@ -68,13 +68,14 @@ def save_student(
         )
     _check_form(form, roles)
     sampling = choose_scheduler(backbone, [time_grids.validated(grid) for grid in grids])
+    start = sampling.start if form == "pipeline" else 1.0  # in the units of the process that the folder holds
     card: dict[str, Any] = {
         "format": CARD_FORMAT,
         "form": form,
         "method": method,
         "teacher": _absolute(backbone.source),
         "steps_aware": roles.steps_aware,
-        "grids": {str(len(grid) - 1): grid.tolist() for grid in grids},
+        "grids": {str(len(grid) - 1): (grid / start).tolist() for grid in grids},
         "call": {str(count): call for count, call in sampling.calls.items()},
         "versions": _versions(),
         "details": dict(details or {}),

@@ -24,6 +24,7 @@ _NOISE_SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr",
 )  # fmt: skip
+_TRAILING = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
 _TOLERANCE = 1e-4  # of the largest latent
 
 
@@ -34,6 +35,8 @@ class Sampling:
     scheduler: Any
     calls: dict[int, dict[str, Any]]
     """For each step count K the arguments of the pipeline's call: num_inference_steps, or all timesteps or sigmas."""
+    start: float = 1.0
+    """Time of the scheduler's last noise level: below 1 its process is the beginning of the teacher's."""
 
 
 def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor]) -> Sampling:
@@ -55,7 +58,7 @@ def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor]) -> Sampling:
         problem = next((problem for problem in problems if problem), None)
         if problem is None:
             fresh = type(sampling.scheduler).from_config(sampling.scheduler.config)
-            return Sampling(fresh, sampling.calls)
+            return Sampling(fresh, sampling.calls, sampling.start)
         reasons.append(f"{type(sampling.scheduler).__name__}: {problem}")
     shown = [[round(time, 4) for time in grid.tolist()] for grid in grids]
     raise FewstepError(
@@ -72,14 +75,11 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor]) -> Iterator[Samplin
     by_count = {count: {"num_inference_steps": count} for count in counts}
     config = {key: value for key, value in backbone.pipeline.scheduler.config.items() if key in _NOISE_SCHEDULE}
     if isinstance(backbone.process, DiscreteVP):
-        yield Sampling(
-            diffusers.DDIMScheduler(
-                **config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, steps_offset=0
-            ),
-            by_count,
-        )
+        yield Sampling(diffusers.DDIMScheduler(**config, **_TRAILING), by_count)
         first_order = {"solver_order": 1, "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
         yield Sampling(diffusers.DPMSolverMultistepScheduler(**config, **first_order), by_count)
+        start = float(grids[0][0])
+        yield Sampling(_ddim_from(config, round(start * backbone.process.num_steps)), by_count, start)
         times = {len(grid) - 1: backbone.process.network_time(grid[:-1]).round().long().tolist() for grid in grids}
         in_full = {count: {"timesteps": times[count]} for count in counts}
         yield Sampling(diffusers.DPMSolverMultistepScheduler(**config, **first_order), in_full)
@@ -92,6 +92,15 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor]) -> Iterator[Samplin
         yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=scale), in_full)
         named = {str(count): times for count, times in sigmas.items()}
         yield Sampling(FlowMatchStepsScheduler(num_train_timesteps=scale, step_sigmas=named), by_count)
+
+
+def _ddim_from(config: dict[str, Any], levels: int) -> Any:
+    """DDIM on the first `levels` noise levels only, as if the process ended there: for grids that start below 1."""
+    from diffusers import DDIMScheduler
+
+    betas = DDIMScheduler(**config).betas[:levels].tolist()
+    config = config | {"num_train_timesteps": levels, "trained_betas": betas, "rescale_betas_zero_snr": False}
+    return DDIMScheduler(**config, **_TRAILING)
 
 
 def _problem(backbone: Backbone, sampling: Sampling, grid: Tensor) -> str | None:
