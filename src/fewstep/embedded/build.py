@@ -38,7 +38,7 @@ class BuildOptions:
 
     autoencoder_iterations: int = 1_100
     """Batches of 64 crops of 32x32."""
-    judge_iterations: int = 1_200
+    judge_iterations: int = 800
     """Batches of 64 scenes."""
     save_seconds: float = 300.0
     """How often the teacher's training state is saved."""
