@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.methods import METHODS, TDMOptions, preset, tdm_options
+from fewstep.methods import METHODS, TDMOptions, matching_options, preset, tdm_options
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -26,13 +26,13 @@ def test_unknown_method_is_refused() -> None:
 
 
 def test_every_option_is_documented() -> None:
-    (definition,) = [
-        node for node in ast.parse(inspect.getsource(tdm_options)).body if getattr(node, "name", "") == "TDMOptions"
-    ]
+    modules = (matching_options, tdm_options)
+    nodes = [node for module in modules for node in ast.parse(inspect.getsource(module)).body]
     documented = set()
-    for field, text in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            documented.add(field.target.id)
+    for definition in (node for node in nodes if getattr(node, "name", "").endswith("Options")):
+        for field, text in zip(definition.body, definition.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                documented.add(field.target.id)
     assert documented == {field.name for field in fields(TDMOptions)}
 
 

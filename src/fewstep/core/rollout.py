@@ -71,6 +71,8 @@ class Path:
         """(B, Kmax+1) float64 on the CPU."""
         self.steps = (self.grid > 0).sum(1)
         """(B,) long on the CPU: the step count of each sample."""
+        self.real: tuple[Tensor, Condition] | None = None
+        """Clean data with conditions, to be told from what the student makes; none unless a method puts it here."""
         self._student, self._extra_noise = student, extra_noise
         calls = int(self.steps.max())
         self._inputs = noise.new_empty(calls + 1, *noise.shape)

@@ -22,7 +22,7 @@ from fewstep.core.tensors import expand, flat_mean
 from fewstep.errors import FewstepError
 
 CriticTarget = Literal["denoised", "exact"]
-CriticWeight = Literal["one", "min_snr", "inverse_sigma", "beta_ratio"]
+CriticWeight = Literal["one", "min_snr", "snr", "inverse_sigma", "beta_ratio"]
 Importance = Literal["none", "mean", "clipped_sum"]
 CRITIC_TARGETS: tuple[str, ...] = get_args(CriticTarget)
 CRITIC_WEIGHTS: tuple[str, ...] = get_args(CriticWeight)
@@ -55,12 +55,15 @@ def critic_weight(
     """Weight (B,) of the squared error of the denoised sample.
 
     "one"; "min_snr": min(SNR, `snr_cap`), the error of eps wherever the SNR is below the cap (authors' demo, cap 5);
-    "inverse_sigma": 1/sigma^2, the error of v and of flow velocity (TDM-R1, BLADE); "beta_ratio": (beta/sigma)^2.
+    "snr": the error of eps; "inverse_sigma": 1/sigma^2, the error of v and of flow velocity (TDM-R1, BLADE);
+    "beta_ratio": (beta/sigma)^2.
     """
     if kind == "one":
         return torch.ones_like(tau)
     if kind == "min_snr":
         return process.snr(tau).clamp(max=snr_cap)
+    if kind == "snr":
+        return process.snr(tau)
     if kind == "inverse_sigma":
         return process.sigma(tau).square().reciprocal()
     if kind == "beta_ratio":

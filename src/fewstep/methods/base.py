@@ -47,6 +47,8 @@ class Batch:
     """Shape of one sample, without the batch axis."""
     dtype: torch.dtype = torch.float32
     """Of the student's path. Its device is that of `samples`."""
+    real: tuple[Tensor, Condition] | None = None
+    """Clean samples of the data with their own conditions, B rows each, for methods that need them."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ class Roles(Protocol):
 
     def null(self, condition: Condition) -> Condition:
         """The condition of the empty prompt, for the same batch."""
+        ...
+
+    def discriminator(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Logits (B, heads) that noised x is data and not the student's; for methods that need it."""
+        ...
+
+    def log_ratio(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """log p/q (B,), teacher's law over student's, at noised x: the discriminator's mean logit, or an exact one."""
         ...
 
 

@@ -1,0 +1,279 @@
+"""Distribution matching: what its methods share. Each method says where its samples are compared and with what.
+
+One iteration: the student's path from pure noise; the critic learns the law of the student's samples, seen through
+renoising; the student is pulled by the difference of teacher and critic at renoised samples, through one of its calls.
+A method chooses the point of the path that is compared (`_compared`), the noise levels (`_levels`) and the critic's
+target (`_critic_target`); divergence, guidance and the adversarial term are options of all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.core import grids
+from fewstep.core.guidance import guided, guided_parts
+from fewstep.core.process import Process
+from fewstep.core.renoise import renoise
+from fewstep.core.rollout import Landing, Path
+from fewstep.core.streams import Draw
+from fewstep.core.tensors import Condition
+from fewstep.losses.adversarial import fooling_loss, telling_loss
+from fewstep.losses.critic import critic_loss, critic_weight
+from fewstep.losses.divergence import clipped_ratio, divergence_weight, mean_one_by_time
+from fewstep.losses.matching import match, normaliser
+from fewstep.methods.base import STEPS, Batch, Loss, Needs, Roles, agreement_metrics, mean_loss, spread_metrics
+from fewstep.methods.matching_options import MatchingOptions
+from fewstep.methods.tau import draw_tau, tau_bounds
+
+
+@dataclass(frozen=True)
+class Query:
+    """A sample renoised to where the networks are asked: x_tau = r x_s + beta n, detached."""
+
+    x: Tensor
+    tau: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Pull:
+    """One term of the student's update: a direction in the space of denoised samples, and what divides it."""
+
+    direction: Tensor
+    divisor: Tensor
+    weight: Tensor
+
+
+class Matching:
+    """Base of the methods that match distributions; see the module."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+
+    def __init__(self, options: MatchingOptions) -> None:
+        options.validate()
+        self.options = options
+
+    @property
+    def critic_updates(self) -> int:
+        return self.options.critic_updates
+
+    @property
+    def _judged(self) -> bool:
+        """Whether samples are weighted by a density ratio."""
+        return self.options.divergence != "reverse_kl"
+
+    @property
+    def needs(self) -> Needs:
+        o = self.options
+        adversarial = o.gan_weight > 0 or self._judged
+        return Needs(critic=True, discriminator=adversarial, real_data=adversarial, steps_condition=o.steps_condition)
+
+    def forwards(self, steps: int | None = None) -> float:
+        """Expected network forwards per sample and iteration; a guided call counts 2. None: mean over the step counts.
+
+        The path is walked to the furthest point that any of the losses asks for: past call a for a critic update that
+        drew a, up to the input of call b for the student's b.
+        """
+        o = self.options
+        if steps is None:
+            return sum(self.forwards(count) for count in o.counts) / len(o.counts)
+        reached = ((m / steps) ** o.critic_updates * min(1, (m + 1) / steps) for m in range(steps))
+        return sum(1 - probability for probability in reached) + self._forwards_of_losses()
+
+    def _forwards_of_losses(self) -> float:
+        """Forwards of one visit of the student's loss and of the critic's updates, without the path."""
+        o = self.options
+        adversarial = self.needs.discriminator
+        critic = 1 + bool(o.teacher_regularisation) + 2 * adversarial
+        apart = o.guidance == "decoupled" and o.guidance_levels != "shared" and o.guidance_scale != 1
+        teacher = (1 if o.guidance_scale == 1 else 2) + apart
+        return 2 + teacher + adversarial + o.critic_updates * critic
+
+    def rollout(self, batch: Batch, roles: Roles, draw: Draw) -> Path:
+        """Pure noise, a step count for each sample, and the student's path from there, walked as far as asked."""
+        o = self.options
+        device = batch.samples.device
+        counts = torch.tensor(o.counts)
+        steps = counts[draw.integers("steps", len(counts))]
+        condition = batch.condition | ({STEPS: steps.float().to(device)} if o.steps_condition else {})
+        noise = draw.normal("noise", batch.noise_shape, batch.dtype, device)
+        path = Path(
+            roles.student,
+            noise,
+            grids.stack(steps, o.time_grid),
+            roles.process,
+            condition,
+            o.eta,
+            lambda call, shape: draw.normal(f"extra {call}", shape, batch.dtype, device),
+        )
+        path.real = batch.real
+        return path
+
+    def critic_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
+        """The critic learns to denoise the student's renoised samples; the discriminator, to tell them from data."""
+        visits = self._visits(path, draw.sub("critic"))
+        return mean_loss([self._critic_loss(path, roles, call, visit) for call, visit in visits])
+
+    def student_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
+        """The student's samples are pulled along the difference of teacher and critic."""
+        visits = self._visits(path, draw.sub("student"))
+        return mean_loss([self._student_loss(path, roles, call, visit) for call, visit in visits])
+
+    def _visits(self, path: Path, draw: Draw) -> list[tuple[Tensor, Draw]]:
+        """The calls (B,) that a loss looks at, each with its own random numbers."""
+        return [(draw.integers("call", path.steps), draw)]
+
+    def _compared(self, path: Path, landing: Landing, draw: Draw) -> Landing:
+        """The point of the path, with its time, whose renoised law is matched."""
+        raise NotImplementedError
+
+    def _levels(self, path: Path, landing: Landing) -> tuple[Tensor, Tensor]:
+        """Floor and ceiling (B,) of the noise levels at which it is matched, before margins."""
+        raise NotImplementedError
+
+    def _critic_target(self, process: Process, landing: Landing, query: Query) -> tuple[Tensor, Tensor]:
+        """What the critic should answer (B, ...), and the weight (B,) of its squared error."""
+        o = self.options
+        return landing.denoised, critic_weight(o.critic_weight, process, landing.t, query.tau, o.snr_cap)
+
+    def _critic_condition(self, landing: Landing) -> Condition:
+        """What the critic is told."""
+        return landing.condition
+
+    def _pulled(self, landing: Landing) -> Tensor:
+        """What the direction moves."""
+        return landing.denoised
+
+    def _critic_loss(self, path: Path, roles: Roles, call: Tensor, draw: Draw) -> Loss:
+        o, process = self.options, roles.process
+        landing = self._compared(path, path.landing(call), draw)  # from the path's own call, without gradient
+        query = self._query(path, landing, draw)
+        denoised = roles.critic(query.x, query.tau, self._critic_condition(landing))
+
+        target, weight = self._critic_target(process, landing, query)
+        values = critic_loss(denoised, target, weight)
+        metrics = {"critic_loss": values.detach().mean()}
+        if o.teacher_regularisation:
+            with torch.no_grad():
+                real = roles.teacher(query.x, query.tau, prompt_of(landing.condition))
+            velocity = critic_weight("inverse_sigma", process, landing.t, query.tau)
+            distance = critic_loss(denoised, real, velocity)
+            values = values + o.teacher_regularisation * distance
+            metrics["critic_teacher_distance"] = distance.detach().mean()
+        if self.needs.discriminator:
+            told = self._discriminator_loss(path, roles, landing, query, draw)
+            values = values + o.discriminator_weight * told.values
+            metrics |= told.metrics
+        return Loss(values, metrics)
+
+    def _discriminator_loss(self, path: Path, roles: Roles, landing: Landing, query: Query, draw: Draw) -> Loss:
+        """Real data noised to the same levels, against the renoised samples."""
+        assert path.real is not None
+        clean, condition = path.real
+        noise = draw.normal("real", clean.shape[1:], clean.dtype, clean.device)
+        x = renoise(roles.process, clean, torch.zeros_like(query.tau), query.tau, noise)
+        real = roles.discriminator(x, query.tau, condition)
+        fake = roles.discriminator(query.x, query.tau, prompt_of(landing.condition))
+        values = telling_loss(real, fake)
+        metrics = {"discriminator_loss": values, "logit_real": real, "logit_fake": fake}
+        return Loss(values, {name: value.detach().mean() for name, value in metrics.items()})
+
+    def _student_loss(self, path: Path, roles: Roles, call: Tensor, draw: Draw) -> Loss:
+        o = self.options
+        landing = self._compared(path, path.land(roles.student, call), draw)  # the one call with gradient
+        query = self._query(path, landing, draw)
+        pulls, metrics = self._pulls(roles, landing, query, draw)
+        parts = [
+            pull.weight
+            * match(self._pulled(landing), pull.direction, normaliser=pull.divisor, metric_kind=o.metric, c=o.huber_c)
+            for pull in pulls
+        ]
+        values = torch.stack(parts).sum(0)
+        metrics |= {"student_loss": values.detach().mean(), "normaliser": pulls[0].divisor.mean()}
+        metrics |= spread_metrics(landing.denoised)
+        if o.gan_weight:
+            logits = roles.discriminator(self._attached(path, landing, query), query.tau, prompt_of(landing.condition))
+            adversarial = fooling_loss(logits)
+            values = values + o.gan_weight * adversarial
+            metrics["adversarial_loss"] = adversarial.detach().mean()
+        return Loss(values, metrics)
+
+    @torch.no_grad()
+    def _pulls(self, roles: Roles, landing: Landing, query: Query, draw: Draw) -> tuple[list[Pull], dict[str, Tensor]]:
+        """The terms of the student's update, and what to log of teacher and critic."""
+        o, condition = self.options, prompt_of(landing.condition)
+        fake = roles.critic(query.x, query.tau, self._critic_condition(landing))
+        weight = self._sample_weight(roles, query, condition)
+        if o.guidance == "coupled" or o.guidance_scale == 1:
+            real = guided(roles.teacher, query.x, query.tau, condition, roles.null(condition), o.guidance_scale)
+            pulls = [Pull(real - fake, normaliser(o.normaliser, landing.denoised, real), weight)]
+        else:
+            real, guidance, divisors = self._decoupled(roles, landing, query, condition, draw)
+            pulls = [Pull(real - fake, divisors[0], weight), Pull(guidance, divisors[1], torch.ones_like(weight))]
+        return pulls, agreement_metrics(landing.denoised, real, fake)
+
+    def _decoupled(
+        self, roles: Roles, landing: Landing, query: Query, condition: Condition, draw: Draw
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The plain teacher at the query, guidance at levels of its own, and what divides each (card decoupled_dmd)."""
+        o = self.options
+        if o.guidance_levels == "shared":
+            own = query
+        else:
+            floor, ceiling = self._guidance_levels(landing)
+            own = self._query_between(roles.process, landing, floor, ceiling, draw.sub("guidance"))
+        told, untold = guided_parts(roles.teacher, own.x, own.tau, condition, roles.null(condition))
+        real = told if own is query else roles.teacher(query.x, query.tau, condition)
+        if o.joint_normaliser:
+            joint = normaliser(o.normaliser, landing.denoised, untold + o.guidance_scale * (told - untold))
+            divisors = joint, joint
+        else:
+            divisors = tuple(normaliser(o.normaliser, landing.denoised, toward) for toward in (real, told))
+        return real, (o.guidance_scale - 1) * (told - untold), divisors
+
+    def _guidance_levels(self, landing: Landing) -> tuple[Tensor, Tensor]:
+        """Floor and ceiling of the noise levels at which guidance is asked about."""
+        top = torch.ones_like(landing.t)
+        return {
+            "cleaner": (landing.t, landing.t_from),
+            "full": (landing.t, top),
+            "noisier": (landing.t_from - 2 * self.options.margin, top),  # some room for the first call, too
+        }[self.options.guidance_levels]
+
+    def _sample_weight(self, roles: Roles, query: Query, condition: Condition) -> Tensor:
+        """h(r), with mean 1 over the batch (f-distill); 1 for the reverse KL."""
+        o = self.options
+        if not self._judged:
+            return torch.ones_like(query.tau)
+        ratio = clipped_ratio(roles.log_ratio(query.x, query.tau, condition), o.ratio_clip)
+        weight = divergence_weight(o.divergence, mean_one_by_time(ratio, query.tau, o.ratio_bins))
+        return weight / weight.mean()
+
+    @torch.no_grad()
+    def _query(self, path: Path, landing: Landing, draw: Draw) -> Query:
+        """The compared point renoised to a random tau of its range."""
+        floor, ceiling = self._levels(path, landing)
+        return self._query_between(path.process, landing, floor, ceiling, draw)
+
+    def _query_between(self, process: Process, landing: Landing, floor: Tensor, ceiling: Tensor, draw: Draw) -> Query:
+        o = self.options
+        low, high = tau_bounds(floor, ceiling, margin=o.margin, tau_min=o.tau_min, shift=o.shift)
+        u = draw.uniform("tau")
+        tau = draw_tau(o.tau_law, u, low, high, shift=o.shift, mean=o.logit_mean, std=o.logit_std).to(landing.t)
+        noise = draw.normal("renoise", landing.x.shape[1:], landing.x.dtype, landing.x.device)
+        return Query(renoise(process, landing.x, landing.t, tau, noise).detach(), tau, noise)
+
+    def _attached(self, path: Path, landing: Landing, query: Query) -> Tensor:
+        """The query's x with gradient to the student."""
+        return renoise(path.process, landing.x, landing.t, query.tau, query.noise)
+
+
+def prompt_of(condition: Condition) -> Condition:
+    """What a teacher is told: everything but the step count."""
+    return {name: value for name, value in condition.items() if name != STEPS}

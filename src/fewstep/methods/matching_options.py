@@ -1,0 +1,194 @@
+"""Settings that all methods of distribution matching share: the path, the noise levels, critic, student, divergence.
+
+Each method's own options extend these and set their defaults; what a paper has and what ours is, is said there. So the
+parts of one method can be had in another by options alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import Tensor
+
+from fewstep.core import grids
+from fewstep.errors import FewstepError
+from fewstep.losses.critic import CriticWeight
+from fewstep.losses.divergence import Divergence
+from fewstep.losses.matching import Metric, Normaliser
+from fewstep.methods.tau import TauLaw
+
+if TYPE_CHECKING:
+    from fewstep.methods.base import Method
+
+Guidance = Literal["coupled", "decoupled"]
+GuidanceLevels = Literal["cleaner", "full", "shared", "noisier"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "tau_law": get_args(TauLaw),
+    "critic_weight": get_args(CriticWeight),
+    "normaliser": get_args(Normaliser),
+    "metric": get_args(Metric),
+    "divergence": get_args(Divergence),
+    "guidance": get_args(Guidance),
+    "guidance_levels": get_args(GuidanceLevels),
+}
+
+
+@dataclass(frozen=True)
+class MatchingOptions:
+    """Settings shared by the methods of distribution matching. Times are in [0, 1]: data at 0, noise at 1."""
+
+    # The path
+    steps: int = 4
+    """Network calls K of the student, 1 or more; with step_counts, the one used when none is asked for."""
+    step_counts: tuple[int, ...] = ()
+    """Each sample's K is drawn from these (TDM-unify). Empty: always `steps`."""
+    steps_condition: bool = False
+    """Tell K to student and critic; a student that is not told cannot serve two step counts (card tdm 8.2, item 10)."""
+    shift: float = 1.0
+    """Shift of the time grid and of un-shifted time, above 0; 1 is uniform, 3 usual for flows."""
+    start: float = 1.0
+    """Time of the first call, in (0, 1]; pure noise is taken for the law there (TDM's demo: 0.9)."""
+    grid: tuple[float, ...] = ()
+    """Times of the K calls, falling, within (0, 1], instead of the uniform or shifted grid; for a single step count."""
+    eta: float = 1.0
+    """Share of its own noise that a step keeps, in [0, 1]: 1 is deterministic, 0 fresh noise at every step."""
+
+    # Where teacher and critic are asked
+    tau_law: TauLaw = "uniform"
+    """`uniform` in t, `uniform_unshifted` (TDM-R1) or `logit_normal`, cut to the range (Flow-Factory)."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal law (SD3: 0)."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit-normal law, above 0 (SD3: 1)."""
+    tau_min: float = 0.02
+    """Lowest tau, a time in [0, 1) (DMD: 20 of 1000 levels)."""
+    margin: float = 0.01
+    """Kept free at both ends of the tau range, in un-shifted time, [0, 0.5)."""
+
+    # The critic
+    critic_weight: CriticWeight = "min_snr"
+    """Weight of the critic's squared x0 error: `min_snr` (TDM's demo), `inverse_sigma`, the error of velocity (TDM-R1),
+    `snr`, the error of eps (DMD on Stable Diffusion), `beta_ratio`, (beta/sigma)^2, or `one`."""
+    snr_cap: float = 5.0
+    """Cap of min_snr, above 0 (TDM's demo: 5)."""
+    teacher_regularisation: float = 0.0
+    """Weight, 0 or more, of the squared velocity difference of critic and teacher (TDM-R1: 0.02, BLADE: 0.5). Costs
+    one more forward."""
+    critic_updates: int = 1
+    """Critic updates per student update, 1 or more (TDM: 1, DMD2: 5 to 10)."""
+
+    # The student
+    guidance_scale: float = 3.5
+    """Guidance of the teacher, 0 or more, 1 = none (TDM: 3.5 for SD1.5 and PixArt, 8 for SDXL)."""
+    guidance: Guidance = "coupled"
+    """`coupled`: one query of the guided teacher; `decoupled`: guidance is a term of its own, with noise levels and a
+    normaliser of its own (Decoupled DMD). Costs one more forward, unless the levels are shared."""
+    guidance_levels: GuidanceLevels = "cleaner"
+    """Decoupled guidance is asked about at levels `cleaner` than the student's call (the paper), over the `full` range,
+    at those of the matching term (`shared`), or, to see what that does, at `noisier` ones."""
+    joint_normaliser: bool = False
+    """Decoupled terms are divided by one number, that of coupled guidance, and not each by its own."""
+    normaliser: Normaliser = "dmd"
+    """`dmd`: divide by each sample's mean distance of student and teacher; `none` for one or two dimensions."""
+    metric: Metric = "l2"
+    """`l2` (DMD, TDM-R1), `huber_vector` (TDM's paper, eq. 7), `huber_elementwise` (TDM's demo)."""
+    huber_c: float = 1e-3
+    """Constant of the Huber metrics per element, in units of the data, above 0 (TDM's paper: 0.00054)."""
+
+    # Divergence and discriminator
+    divergence: Divergence = "reverse_kl"
+    """What is descended; all but `reverse_kl` weight each sample by a function of the density ratio of teacher and
+    student (f-distill), which a discriminator provides unless the roles bring a ratio of their own."""
+    ratio_clip: tuple[float, float] = (0.1, 20.0)
+    """Density ratios are kept between these (f-distill's code)."""
+    ratio_bins: int = 10
+    """Bins of tau in which the ratio's mean is set to 1, 1 or more (f-distill's code: 10)."""
+    gan_weight: float = 0.0
+    """Weight of the student's adversarial loss, 0 or more; above 0 it needs real data (DMD2: 1e-3 to 5e-3)."""
+    discriminator_weight: float = 0.01
+    """Weight of the discriminator's loss beside the critic's, above 0 (DMD2: 1e-2)."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The step counts that training draws from."""
+        return self.step_counts or (self.steps,)
+
+    def time_grid(self, steps: int) -> Tensor:
+        """The K+1 times of a student with `steps` calls, float64 (`core.grids`)."""
+        return grids.explicit(self.grid) if self.grid else grids.shifted(steps, self.shift, self.start)
+
+    def build(self) -> Method:
+        """The method with these settings."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        """Refuses values out of range and settings that contradict each other.
+
+        Raises:
+            FewstepError: with what was found, what was expected and the likely fix.
+        """
+        self.require_choices(_CHOICES)
+        self._validate_ranges()
+        self._validate_path()
+        self._validate_terms()
+
+    def require_choices(self, choices: dict[str, tuple[str, ...]]) -> None:
+        """Refuses a value that is not among those named for its field."""
+        for name, allowed in choices.items():
+            found = getattr(self, name)
+            require(found in allowed, name, repr(found), f"one of {allowed}", "choose one of them")
+
+    def _validate_ranges(self) -> None:
+        above_zero = ("shift", "logit_std", "snr_cap", "huber_c", "discriminator_weight")
+        for name in above_zero:
+            require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0", "leave it at its default")
+        for name in ("teacher_regularisation", "guidance_scale", "gan_weight"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more", "leave it at its default")
+        require(self.critic_updates >= 1, "critic_updates", self.critic_updates, "1 or more", "use 1 to 5")
+        require(self.ratio_bins >= 1, "ratio_bins", self.ratio_bins, "1 or more", "use 10")
+        low, high = self.ratio_clip
+        require(0 < low < 1 < high, "ratio_clip", self.ratio_clip, "numbers below and above 1", "use (0.1, 20)")
+        require(0 < self.start <= 1, "start", self.start, "a time in (0, 1]", "1 starts at the last noise level")
+        require(0 <= self.eta <= 1, "eta", self.eta, "a number in [0, 1]", "1 is the deterministic path")
+        require(0 <= self.tau_min < 1, "tau_min", self.tau_min, "a time in [0, 1)", "use 0.02")
+        require(0 <= self.margin < 0.5, "margin", self.margin, "a number in [0, 0.5)", "use 0.01")
+        require(self.margin + self.tau_min > 0, "tau_min", 0, "tau above 0, where scores exist", "use tau_min 0.02")
+
+    def _validate_path(self) -> None:
+        counts = self.counts
+        require(min(counts) >= 1, "step counts", counts, "1 or more", "use 1 to 8 steps")
+        require(len(set(counts)) == len(counts), "step_counts", counts, "each once", "drop the repeated ones")
+        require(self.steps in counts, "steps", self.steps, f"one of step_counts {counts}", "add it or change it")
+        if self.steps_condition and not self.step_counts:
+            raise contradiction("steps_condition without step_counts", "a set of step counts to tell apart", "add one")
+        if self.grid and (self.step_counts or len(self.grid) != self.steps):
+            raise contradiction(
+                f"a grid of {len(self.grid)} calls for the step counts {counts}",
+                "one time per call of a single step count",
+                "set steps to the grid's length, or use shift instead of a grid",
+            )
+        if self.grid and self.start != 1:
+            raise contradiction(
+                f"start {self.start} with a grid written out", "the start as the grid's first time", "leave start at 1"
+            )
+
+    def _validate_terms(self) -> None:
+        if self.joint_normaliser and self.guidance_levels != "shared":
+            raise contradiction(
+                f"joint_normaliser with guidance_levels {self.guidance_levels!r}",
+                "one query for both terms, of which the normaliser can be taken",
+                "set guidance_levels to 'shared'",
+            )
+
+
+def require(good: bool, name: str, found: Any, expected: str, fix: str) -> None:
+    """Raises a FewstepError about the option `name` unless `good`."""
+    if not good:
+        raise FewstepError(f"found {name} = {found}, expected {expected}, fix: {fix}")
+
+
+def contradiction(found: str, expected: str, fix: str) -> FewstepError:
+    """The error about options that do not go together."""
+    return FewstepError(f"found {found}, expected {expected}, fix: {fix}")
