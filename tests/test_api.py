@@ -12,8 +12,11 @@ import torch
 
 import fewstep
 from fewstep.api import RoleOptions
+from fewstep.data.real import RealImages
 from fewstep.errors import FewstepError
 from fewstep.methods import preset
+from fewstep.models import Backbone
+from fewstep.training.log import read_log
 from fewstep.training.options import TrainOptions
 
 PROMPTS = ["a frog", "a red apple on a blue background", "a 3d pizza"]
@@ -100,3 +103,53 @@ def test_the_embedded_teacher_and_its_judge_load_and_sample() -> None:
 def test_evaluation_refuses_other_picture_sizes(tmp_path: Path, tiny_teacher: Path) -> None:
     with pytest.raises(FewstepError, match="fewstep compare"):
         fewstep.evaluate(fewstep.load_teacher(tiny_teacher), steps=1, count=16)
+
+
+def real_images(backbone: Backbone) -> RealImages:
+    images = torch.linspace(-1, 1, 3)[:, None, None, None].expand(3, 3, 32, 32)
+    return RealImages(backbone, images, PROMPTS)
+
+
+@pytest.mark.parametrize("roles", [RoleOptions(), RoleOptions(roles="copies", discriminator="teacher")])
+@pytest.mark.parametrize("method", ["dmd2", "f-distill"])
+def test_methods_with_a_discriminator_distil_from_real_images(
+    method: str, roles: RoleOptions, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    teacher = fewstep.load_teacher(tiny_teacher)
+    options = replace(preset(method), critic_updates=1, steps=2)  # type: ignore[type-var]
+    student = fewstep.distill(
+        teacher, options, out=tmp_path, prompts=PROMPTS, real=real_images(teacher.backbone), roles=roles,
+        train_options=QUICK,
+    )  # fmt: skip
+    assert fewstep.sample(student, PROMPTS, seeds=5).shape == (3, 3, 32, 32)
+    features = "teacher" if roles.discriminator == "teacher" or method == "f-distill" else "critic"
+    assert student.card["details"]["roles"]["discriminator"] == features
+
+
+def test_real_data_are_asked_for_before_any_work(tmp_path: Path, tiny_teacher: Path) -> None:
+    with pytest.raises(FewstepError, match=r"found no real data for dmd2 .*RealImages"):
+        fewstep.distill(tiny_teacher, "dmd2", out=tmp_path / "run", prompts=PROMPTS, train_options=QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_discriminator_is_described_as_before(tmp_path: Path, tiny_teacher: Path) -> None:
+    """So that runs begun before there were any can be resumed."""
+    student = fewstep.distill(tiny_teacher, "tdm", out=tmp_path, prompts=PROMPTS, train_options=QUICK)
+    assert student.card["details"]["roles"].keys() == {"roles", "rank", "critic_rank", "layers"}
+
+
+def test_dmd_makes_its_own_pairs(tmp_path: Path, tiny_teacher: Path) -> None:
+    """With the guidance it distils: the regression is to what the guided teacher makes."""
+    teacher = fewstep.load_teacher(tiny_teacher)
+    teacher.steps = 2
+    student = fewstep.distill(teacher, "dmd", out=tmp_path, prompts=PROMPTS, train_options=QUICK)
+    assert student.grids.keys() == {1}
+    record = read_log(tmp_path / "log.jsonl")[-1]
+    assert record["metric/student/regression_loss"] > 0
+
+
+def test_the_embedded_teacher_brings_its_own_real_data(tmp_path: Path) -> None:
+    options = replace(preset("dmd2"), critic_updates=1, steps=1)  # type: ignore[type-var]
+    quick = replace(QUICK, iterations=1, batch=2)
+    fewstep.distill(method=options, out=tmp_path, roles=RoleOptions(rank=2), train_options=quick)
+    assert read_log(tmp_path / "log.jsonl")[-1]["forwards/discriminator"] == 3

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fewstep.core.tensors import Condition
+from fewstep.data.pairs import TeacherPairs
 from fewstep.data.prompts import PromptData, training_captions
+from fewstep.data.real import RealScenes
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
 from fewstep.methods import METHODS, Options, preset
@@ -22,7 +24,7 @@ from fewstep.models.roles import Roles, build_roles
 from fewstep.models.schedulers import choose_scheduler
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
-from fewstep.training.loop import Hooks, train
+from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.options import TrainOptions
 
 EMOJI = "emoji"
@@ -47,6 +49,8 @@ class RoleOptions:
     """Which layers take adapters."""
     checkpointing: bool = False
     """Keep only block inputs for the backward pass: less memory for about a third more time."""
+    discriminator: Literal["method", "critic", "teacher"] = "method"
+    """Whose features a discriminator reads, for methods that have one: as in the `method`'s paper, or named."""
 
 
 def load_teacher(
@@ -72,6 +76,8 @@ def distill(
     *,
     out: str | Path,
     prompts: Sequence[str] | None = None,
+    real: RealData | None = None,
+    pairs: PairData | None = None,
     roles: RoleOptions | None = None,
     train_options: TrainOptions | None = None,
     hooks: Hooks | None = None,
@@ -85,6 +91,10 @@ def distill(
             (`dataclasses.replace(preset("tdm"), steps=2)`).
         out: run folder: log, checkpoints, student. Refused if it holds another run.
         prompts: texts to train on; for the embedded teacher its own captions unless told.
+        real: clean data for methods with a discriminator, such as `fewstep.data.real.RealImages`; for the embedded
+            teacher its own scenes unless told.
+        pairs: noise with the teacher's samples, for methods that regress to them; 1024 of
+            `fewstep.data.pairs.TeacherPairs` unless told.
         roles: how networks share weights.
         train_options: iterations, rates, batch and the like.
         hooks: what to call during the run; unless told, sample grids in `out`/samples and, for the embedded teacher,
@@ -101,6 +111,12 @@ def distill(
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
     backbone = teacher.backbone
     texts = _training_prompts(backbone.source, prompts)
+    needs = recipe.needs
+    if needs.real_data and real is None:
+        real = _own_scenes(backbone, recipe.name, train_options.seed)
+    if needs.pairs and pairs is None:
+        pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
+    features = needs.features if roles.discriminator == "method" else roles.discriminator
     grids = [options.time_grid(count) for count in options.counts]
     choose_scheduler(backbone, grids)  # a student that no pipeline could sample is refused now, not after the training
     seats = build_roles(
@@ -110,12 +126,15 @@ def distill(
         critic_rank=roles.critic_rank,
         layers=roles.layers,
         checkpointing=roles.checkpointing,
-        steps_aware=recipe.needs.steps_condition or recipe.needs.landing_condition,
+        discriminator=features if needs.discriminator else "none",
+        steps_aware=needs.steps_condition or needs.landing_condition,
         seed=train_options.seed,
     )
     if hooks is None:
         hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0)
-    kept = {name: value for name, value in asdict(roles).items() if name != "checkpointing"}  # changes memory only
+    kept = {name: value for name, value in asdict(roles).items() if name not in ("checkpointing", "discriminator")}
+    if needs.discriminator:
+        kept["discriminator"] = features
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
     result = train(
         recipe,
@@ -125,6 +144,8 @@ def distill(
         out,
         hooks,
         noise_shape=backbone.latent_shape,
+        real=real,
+        pairs=pairs,
         configuration=configuration,
         resume=resume,
     )
@@ -233,6 +254,26 @@ def _training_prompts(source: str, prompts: Sequence[str] | None) -> list[str]:
         f"found no prompts for the teacher {source}, expected texts of the kind it was trained on, "
         "fix: pass a prompts file (one prompt a line) with --prompts, or prompts=[...]"
     )
+
+
+def _own_scenes(backbone: Backbone, method: str, seed: int) -> RealData:
+    """The embedded teacher's data.
+
+    Raises:
+        FewstepError: it is another teacher, whose data we do not have.
+    """
+    if Path(backbone.source) == shipped(TEACHER_FOLDER):
+        return RealScenes(backbone, seed)
+    raise FewstepError(
+        f"found no real data for {method} with the teacher {backbone.source}, expected some for its discriminator, "
+        "fix: pass real=fewstep.data.real.RealImages(teacher.backbone, images, texts) in Python, or set gan_weight to "
+        "0 (and divergence to reverse_kl)"
+    )
+
+
+def _guidance_scale(options: Options) -> float | None:
+    """The guidance that the method distils, which pairs have to have as well."""
+    return getattr(options, "guidance_scale", None)
 
 
 def _fingerprint(texts: Sequence[str]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def test_forwards_are_what_is_claimed(name: str) -> None:
     assert roles.forwards() / iterations == pytest.approx(method.forwards(), rel=0.04)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith("tdm")])
 def test_presets_stay_within_their_budget(name: str) -> None:
     method = METHODS[name]().build()
     assert method.forwards(4) <= 15

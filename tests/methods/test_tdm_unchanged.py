@@ -1,4 +1,4 @@
-"""Every option of TDM does something, and the presets' golden curves stay as they are."""
+"""Every option of TDM and DMD2 does something, and the presets' golden curves stay as they are."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 from fewstep.core.process import Flow
 from fewstep.core.streams import Draw, Streams
 from fewstep.evaluation.exact import LABEL, MixtureTeacher
-from fewstep.evaluation.toy import ResidualMLP, ToyRoles
-from fewstep.methods import METHODS, TDMOptions, preset
-from fewstep.methods.base import Batch
-from fewstep.methods.tdm import TDM
+from fewstep.evaluation.toy import LogisticDiscriminator, ResidualMLP, ToyRoles
+from fewstep.methods import METHODS, DMD2Options, Options, TDMOptions, preset
+from fewstep.methods.base import Batch, Method
 
 BATCH = 64
 
@@ -34,14 +33,28 @@ def moved(teacher: MixtureTeacher, seed: int) -> ResidualMLP:
     return network
 
 
-def setting(options: TDMOptions) -> tuple[TDM, ToyRoles, Batch, Draw]:
+def discriminator() -> LogisticDiscriminator:
+    """One that says something."""
+    network = LogisticDiscriminator(Flow(), 3)
+    torch.nn.init.normal_(network.weight, std=0.3, generator=torch.Generator().manual_seed(3))
+    return network
+
+
+def batch_of(samples: torch.Tensor) -> Batch:
+    """Two classes, with real data and with pairs, for methods that look at them."""
+    told, numbers = {LABEL: samples % 2}, Streams(1).at(1, samples)
+    real = two_class_teacher().means[samples % 2] + 0.45 * numbers.normal("real", (3,))
+    return Batch(told, samples, (3,), real=(real, told), pairs=(numbers.normal("noise", (3,)), real, told))
+
+
+def setting(options: Options) -> tuple[Method, ToyRoles, Batch, Draw]:
     teacher = two_class_teacher()
-    roles = ToyRoles(teacher, moved(teacher, 1), moved(teacher, 2))
+    roles = ToyRoles(teacher, moved(teacher, 1), moved(teacher, 2), discriminator())
     samples = torch.arange(BATCH)
-    return TDM(options), roles, Batch({LABEL: samples % 2}, samples, (3,)), Streams(0).at(1, samples)
+    return options.build(), roles, batch_of(samples), Streams(0).at(1, samples)
 
 
-def losses(options: TDMOptions) -> torch.Tensor:
+def losses(options: Options) -> torch.Tensor:
     """Critic's and student's loss of one iteration, one after the other: (2 B,)."""
     method, roles, batch, draw = setting(options)
     path = method.rollout(batch, roles, draw)
@@ -54,7 +67,7 @@ OTHER: dict[str, Any] = {
     "tau_range": "to_T", "tau_law": "logit_normal", "tau_min": 0.1, "margin": 0.05, "landing": "random",
     "segments": "all", "critic_target": "denoised", "critic_weight": "one", "snr_cap": 0.5,
     "teacher_regularisation": 0.1, "guidance_scale": 1.0, "normaliser": "none", "metric": "huber_vector",
-    "loss_on": "landing",
+    "loss_on": "landing", "guidance": "decoupled", "divergence": "jensen_shannon", "gan_weight": 0.1,
 }  # fmt: skip
 UNDER: dict[str, tuple[dict[str, Any], Any]] = {
     "steps_condition": ({"step_counts": (2, 4)}, True),
@@ -63,6 +76,11 @@ UNDER: dict[str, tuple[dict[str, Any], Any]] = {
     "logit_mean": ({"tau_law": "logit_normal"}, 1.0),
     "logit_std": ({"tau_law": "logit_normal"}, 0.5),
     "huber_c": ({"metric": "huber_elementwise"}, 0.1),
+    "guidance_levels": ({"guidance": "decoupled"}, "full"),
+    "joint_normaliser": ({"guidance": "decoupled", "guidance_levels": "shared"}, True),
+    "ratio_clip": ({"divergence": "jensen_shannon"}, (0.9, 1.1)),
+    "ratio_bins": ({"divergence": "jensen_shannon"}, 1),
+    "discriminator_weight": ({"gan_weight": 0.1}, 1.0),
 }
 """Options that act only together with others."""
 
@@ -70,24 +88,40 @@ UNDER: dict[str, tuple[dict[str, Any], Any]] = {
 @pytest.mark.parametrize("name", [field.name for field in fields(TDMOptions)])
 def test_every_option_changes_something(name: str) -> None:
     if name == "critic_updates":
-        assert TDM(TDMOptions(critic_updates=5)).critic_updates == 5
+        assert TDMOptions(critic_updates=5).build().critic_updates == 5
         return
     base, value = UNDER[name] if name in UNDER else ({}, OTHER[name])
     plain = TDMOptions(**base)
     assert not torch.equal(losses(plain), losses(replace(plain, **{name: value})))
 
 
+DMD2_UNDER: dict[str, tuple[dict[str, Any], Any]] = UNDER | {
+    "snr_cap": ({"critic_weight": "min_snr"}, 0.5),
+    "critic_call_condition": ({}, True),
+    "regression_weight": ({"steps": 1}, 0.25),
+    "discriminator_weight": ({}, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(DMD2Options) if field.name != "critic_updates"])
+def test_every_option_of_dmd2_changes_something(name: str) -> None:
+    base, value = DMD2_UNDER[name] if name in DMD2_UNDER else ({}, OTHER[name])
+    plain = DMD2Options(**base)
+    assert not torch.equal(losses(plain), losses(replace(plain, **{name: value})))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_golden_curve(name: str) -> None:
     """Thirty iterations with a fixed seed: a change meant to be neutral leaves this file as it is."""
-    method, roles, _, _ = setting(preset(name))  # type: ignore[arg-type]
-    critic = torch.optim.SGD(roles.critic.parameters(), 0.02)
+    method, roles, _, _ = setting(preset(name))
+    torch.nn.init.zeros_(roles.discriminator.weight)
+    critic = torch.optim.SGD([*roles.critic.parameters(), *roles.discriminator.parameters()], 0.02)
     student = torch.optim.SGD(roles.student.parameters(), 0.01)
     lines = []
     for iteration in range(1, 31):
         samples = torch.arange((iteration - 1) * BATCH, iteration * BATCH)
         draw = Streams(0).at(iteration, samples)
-        path = method.rollout(Batch({LABEL: samples % 2}, samples, (3,)), roles, draw)
+        path = method.rollout(batch_of(samples), roles, draw)
         values = []
         for optimiser, loss in ((critic, method.critic_loss), (student, method.student_loss)):
             optimiser.zero_grad()

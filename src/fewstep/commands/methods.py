@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> None:
     for name, make in METHODS.items():
         options = make()
         method = options.build()
-        needs = [field.name.replace("_", " ") for field in fields(method.needs) if getattr(method.needs, field.name)]
+        needs = [
+            field.name.replace("_", " ") for field in fields(method.needs) if getattr(method.needs, field.name) is True
+        ]
         counts = ", ".join(str(count) for count in options.counts)
         what = " ".join((make.__doc__ or method.title).split())
         table.add_row(name, what, method.paper, counts, ", ".join(needs), f"{method.forwards():.2f}")

@@ -73,6 +73,8 @@ class Path:
         """(B,) long on the CPU: the step count of each sample."""
         self.real: tuple[Tensor, Condition] | None = None
         """Clean data with conditions, to be told from what the student makes; none unless a method puts it here."""
+        self.pairs: tuple[Tensor, Tensor, Condition] | None = None
+        """Noise, the teacher's samples from it and their conditions; likewise."""
         self._student, self._extra_noise = student, extra_noise
         calls = int(self.steps.max())
         self._inputs = noise.new_empty(calls + 1, *noise.shape)

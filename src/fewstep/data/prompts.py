@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,6 @@ class PromptData:
 
     def __init__(self, encode: Callable[[Sequence[str]], Condition], prompts: Sequence[str], seed: int = 0) -> None:
         self._encode, self._prompts, self._seed = encode, list(prompts), seed
-        self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, iteration: int, samples: Tensor) -> Condition:
         """The condition of global sample numbers (B,)."""
@@ -69,11 +69,18 @@ class PromptData:
 
     def prompt(self, sample: int) -> str:
         """The prompt of a global sample number."""
-        turn, place = divmod(sample, len(self._prompts))
-        if turn not in self._orders:
-            order = np.random.default_rng([self._seed, 3, turn]).permutation(len(self._prompts))
-            self._orders = {t: o for t, o in self._orders.items() if t == turn - 1} | {turn: order}
-        return self._prompts[self._orders[turn][place]]
+        return self._prompts[shuffled(sample, len(self._prompts), (self._seed, 3))]
+
+
+def shuffled(sample: int, count: int, key: tuple[int, ...]) -> int:
+    """Which of `count` things comes at place `sample` of endless shuffled passes over them; `key` seeds the orders."""
+    turn, place = divmod(sample, count)
+    return int(_order(count, (*key, turn))[place])
+
+
+@lru_cache(maxsize=8)
+def _order(count: int, key: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(key).permutation(count)
 
 
 def training_captions(count: int = 8192, seed: int = 0) -> list[str]:

@@ -64,14 +64,23 @@ class MixtureTeacher:
 
         The posterior-weighted mean of mu + alpha Sigma C^-1 (x - alpha mu) with C = alpha^2 Sigma + sigma^2 I.
         """
-        alpha = self.process.alpha(t).to(x.dtype)[:, None, None]
-        sigma = self.process.sigma(t).to(x.dtype)[:, None, None]
-        variance = alpha.square() * self._variances + sigma.square()  # (B, M, d) along each component's own axes
-        offset = torch.einsum("bmd,mde->bme", x[:, None] - alpha * self.means, self._axes)  # (B, M, d)
-        log_density = -0.5 * (offset.square() / variance + variance.log()).sum(-1)  # (B, M) up to a constant
-        share = (log_density + self._log_weights(condition, len(x))).softmax(-1)
+        alpha, variance, offset = self._components(x, t)
+        share = (_log_normal(offset, variance) + self._log_weights(condition, len(x))).softmax(-1)
         correction = torch.einsum("bme,mde->bmd", alpha * self._variances / variance * offset, self._axes)
         return torch.einsum("bm,bmd->bd", share, self.means + correction)
+
+    def log_density(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """log p(x_t = x), shape (B,), up to the constant -d/2 log 2 pi; of classes, up to the log of their weight."""
+        _, variance, offset = self._components(x, t)
+        return (_log_normal(offset, variance) + self._log_weights(condition, len(x))).logsumexp(-1)
+
+    def _components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha (B, 1, 1), and of each component, along its own axes: variance and offset of x, (B, M, d)."""
+        alpha = self.process.alpha(t).to(x.dtype)[:, None, None]
+        sigma = self.process.sigma(t).to(x.dtype)[:, None, None]
+        variance = alpha.square() * self._variances + sigma.square()
+        offset = torch.einsum("bmd,mde->bme", x[:, None] - alpha * self.means, self._axes)
+        return alpha, variance, offset
 
     def _log_weights(self, condition: Condition, batch: int) -> Tensor:
         log_weights = self.weights.log().expand(batch, -1)
@@ -117,6 +126,11 @@ class GaussianTeacher(MixtureTeacher):
 
     def __init__(self, process: Process, mean: Tensor, covariance: Tensor) -> None:
         super().__init__(process, torch.ones(1, dtype=mean.dtype), mean[None], covariance[None])
+
+
+def _log_normal(offset: Tensor, variance: Tensor) -> Tensor:
+    """Log density (..., ) of independent normals (..., d), up to a constant."""
+    return -0.5 * (offset.square() / variance + variance.log()).sum(-1)
 
 
 class PredictingAs:

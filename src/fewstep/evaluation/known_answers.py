@@ -13,6 +13,7 @@ from typing import get_args
 
 from fewstep.core.process import DiscreteVP, Flow, Process
 from fewstep.evaluation.answer import Answer
+from fewstep.evaluation.known_answers_adversarial import adversarial_fixed_points, density_ratio, dmd2_gaussian
 from fewstep.evaluation.known_answers_fixed_points import (
     closed_form_gains,
     critic_alone,
@@ -44,6 +45,9 @@ def quick_checks() -> dict[str, Check]:
         checks[f"Gaussian, {name}, K={steps}, {target}"] = partial(gaussian, process, steps, target)
     checks["steps-aware Gaussian"] = partial(steps_aware_gaussian, flow)
     checks["ring of 8, cosine vp"] = partial(mixture, cosine, "ring of 8")
+    checks["adversarial fixed points"] = adversarial_fixed_points
+    checks["density ratio, flow"] = partial(density_ratio, flow)
+    checks["dmd2 Gaussian, flow, K=1"] = partial(dmd2_gaussian, flow, 1, 5e-3)
     return checks
 
 
@@ -61,6 +65,9 @@ def full_checks() -> dict[str, Check]:
         checks[f"grid of 25, {name}"] = partial(mixture, process, "grid of 25")
         checks[f"steps-aware ring, {name}"] = partial(steps_aware_mixture, process)
     checks["guided two classes"] = partial(guided_mixture, flow)
+    checks["dmd2 Gaussian, vp, K=1"] = partial(dmd2_gaussian, vp, 1, 5e-3)
+    for name, process in (("flow", flow), ("vp", vp)):
+        checks[f"dmd2 Gaussian, {name}, K=4"] = partial(dmd2_gaussian, process, 4, 0.0)
     return checks
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.guidance import Denoiser
+from fewstep.core.process import Process
 from fewstep.core.rollout import Path
 from fewstep.core.solvers import noise_at
 from fewstep.core.streams import Draw
@@ -21,15 +22,33 @@ from fewstep.core.tensors import Condition, expand
 from fewstep.evaluation.exact import MixtureTeacher, PredictingAs
 from fewstep.methods.base import LANDING, STEPS, Batch, Loss, Method
 
+RealSamples = Callable[[int, torch.Generator], Tensor]
+"""real(count, generator) -> clean samples (count, d), such as a teacher's `sample`."""
+
 
 class ToyRoles:
-    """An exact teacher, or one read through a network's output, with any two denoisers as student and critic."""
+    """An exact teacher, or one read through a network's output, with any two denoisers as student and critic.
 
-    def __init__(self, teacher: MixtureTeacher | PredictingAs, student: Denoiser, critic: Denoiser) -> None:
+    `discriminator`(x, t, condition) -> logits (B, heads), for methods that need one.
+    """
+
+    def __init__(
+        self,
+        teacher: MixtureTeacher | PredictingAs,
+        student: Denoiser,
+        critic: Denoiser,
+        discriminator: Denoiser | None = None,
+    ) -> None:
         self.process = teacher.process
         self.teacher = teacher
         self.student = student
         self.critic = critic
+        self.discriminates = discriminator is not None
+        if discriminator is not None:
+            self.discriminator = discriminator
+
+    def log_ratio(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.discriminator(x, t, condition).flatten(1).mean(1)
 
     def null(self, condition: Condition) -> Condition:
         return self.teacher.null(condition)
@@ -96,14 +115,23 @@ class PolynomialCritic(nn.Module):
     Up to its degree, the exact denoiser of the renoised landing points of a linear student has this form. The segment
     is found from tau, or, where the condition "landing" is there, from that; and from "steps" likewise. `to_top`: the
     polynomial of a segment reaches to the start of its grid (tau range "to_T"), not to the time of its call.
+    `from_zero`: it begins at time 0 and not at the landing time, for clean predictions matched at all levels (DMD2).
     """
 
-    def __init__(self, teacher: MixtureTeacher, grids: dict[int, Tensor], terms: int = 6, to_top: bool = False) -> None:
+    def __init__(
+        self,
+        teacher: MixtureTeacher,
+        grids: dict[int, Tensor],
+        terms: int = 6,
+        to_top: bool = False,
+        from_zero: bool = False,
+    ) -> None:
         super().__init__()
         self.counts = torch.tensor([float(steps) for steps, grid in grids.items() for _ in grid[1:]])
         self.low = torch.cat([grid[1:] for grid in grids.values()])
         self.high = torch.cat([grid[:-1] for grid in grids.values()])
         self.top = torch.cat([grid[:1].expand(len(grid) - 1) if to_top else grid[:-1] for grid in grids.values()])
+        self.bottom = torch.zeros_like(self.low) if from_zero else self.low
         self.terms = terms
         self.weight = nn.Parameter(self._interpolated(teacher))
 
@@ -113,26 +141,19 @@ class PolynomialCritic(nn.Module):
         if STEPS in condition:
             mismatch = mismatch + (condition[STEPS][:, None] - self.counts).abs()
         segment = mismatch.argmin(1)
-        low, top = self.low[segment], self.top[segment]
-        powers = self._chebyshev((2 * t - low - top) / (top - low)).to(x.dtype)  # (B, terms)
+        low, top = self.bottom[segment], self.top[segment]
+        powers = chebyshev((2 * t - low - top) / (top - low), self.terms).to(x.dtype)  # (B, terms)
         features = (powers[:, :, None] * x[:, None]).flatten(1)  # (B, terms d)
         return _tabled(features, segment, len(self.low)) @ self.weight
-
-    def _chebyshev(self, z: Tensor) -> Tensor:
-        """T_0 to T_{terms-1} at z (B,) in [-1, 1]: (B, terms)."""
-        values = [torch.ones_like(z), z]
-        while len(values) < self.terms:
-            values.append(2 * z * values[-1] - values[-2])
-        return torch.stack(values, 1)
 
     def _interpolated(self, teacher: MixtureTeacher) -> Tensor:
         """The coefficients (segments terms d, d) that equal the teacher at the Chebyshev nodes of every segment."""
         d = teacher.dimensions
         nodes = torch.cos(torch.pi * (torch.arange(self.terms, dtype=torch.float64) + 0.5) / self.terms)
-        times = (self.low[:, None] + self.top[:, None]) / 2 + (self.top - self.low)[:, None] / 2 * nodes
+        times = (self.bottom[:, None] + self.top[:, None]) / 2 + (self.top - self.bottom)[:, None] / 2 * nodes
         basis = torch.eye(d, dtype=teacher.means.dtype).repeat(times.numel(), 1)
         values = teacher(basis, times.flatten().repeat_interleave(d), {}).view(*times.shape, d * d)
-        return (torch.linalg.inv(self._chebyshev(nodes)).to(values.dtype) @ values).reshape(-1, d)
+        return (torch.linalg.inv(chebyshev(nodes, self.terms)).to(values.dtype) @ values).reshape(-1, d)
 
 
 class ResidualMLP(nn.Module):
@@ -166,6 +187,37 @@ class ResidualMLP(nn.Module):
         return start + gain * noise + offset
 
 
+class LogisticDiscriminator(nn.Module):
+    """A logit (B, 1) quadratic in x whose coefficients are polynomials (Chebyshev) of tau in [0, 1]; 0 at first.
+
+    The exact log ratio of two Gaussians, renoised, is quadratic in x at every tau. x is read in units of the
+    standard deviation that N(0, `variance`) has there.
+    """
+
+    def __init__(self, process: Process, dimensions: int, terms: int = 6, variance: float = 1.0) -> None:
+        super().__init__()
+        self.process, self.terms, self.variance = process, terms, variance
+        self.register_buffer("pairs", torch.tril_indices(dimensions, dimensions))
+        monomials = 1 + dimensions + dimensions * (dimensions + 1) // 2
+        self.weight = nn.Parameter(torch.zeros(terms * monomials))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        std = (self.process.alpha(t).square() * self.variance + self.process.sigma(t).square()).sqrt()
+        x = x / expand(std, x)
+        first, second = self.pairs
+        monomials = torch.cat([torch.ones_like(x[:, :1]), x, x[:, first] * x[:, second]], 1)
+        powers = chebyshev(2 * t - 1, self.terms).to(x.dtype)
+        return ((powers[:, :, None] * monomials[:, None]).flatten(1) @ self.weight)[:, None]
+
+
+def chebyshev(z: Tensor, terms: int) -> Tensor:
+    """T_0 to T_{terms-1}, 2 or more, at z (B,) in [-1, 1]: (B, terms)."""
+    values = [torch.ones_like(z), z]
+    while len(values) < terms:
+        values.append(2 * z * values[-1] - values[-2])
+    return torch.stack(values, 1)
+
+
 def _tabled(x: Tensor, row: Tensor, rows: int) -> Tensor:
     """x (B, d) in the columns of its `row` and zeros elsewhere, (B, rows d): times a table, that row's block."""
     one_hot = torch.nn.functional.one_hot(row, rows).to(x.dtype)
@@ -185,28 +237,40 @@ def distil(
     seed: int = 0,
     condition: Callable[[torch.Generator], Condition] | None = None,
     average: float = 0.98,
+    discriminator: nn.Module | None = None,
+    discriminator_rate: float = 0.01,
+    real: RealSamples | None = None,
 ) -> None:
-    """Alternating training (card 3) with Adam, beta1 = 0, rates falling to zero by a cosine; changes both networks.
+    """Alternating training (card 3) with Adam, beta1 = 0, rates falling to zero by a cosine; changes all networks.
 
     Args:
         average: decay of the running mean of the student's parameters, which replaces them at the end; 0 for none.
         condition: draws the conditions of a batch; none by default.
+        discriminator: is trained with the critic, for methods that need one.
+        discriminator_rate: its learning rate. Adam's steps do not feel the method's discriminator_weight.
+        real: clean samples, without conditions, for methods that need them.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = BulkDraw(batch, generator)
-    roles = ToyRoles(teacher, student, critic)
-    critic_adam = torch.optim.Adam(critic.parameters(), critic_rate, betas=(0.0, 0.999))
+    roles = ToyRoles(teacher, student, critic, discriminator)
+    groups = [{"params": list(critic.parameters()), "lr": critic_rate}]
+    if discriminator is not None:
+        groups.append({"params": list(discriminator.parameters()), "lr": discriminator_rate})
+    critic_adam = torch.optim.Adam(groups, betas=(0.0, 0.999))
     student_adam = torch.optim.Adam(student.parameters(), student_rate, betas=(0.0, 0.999))
+    peaks = {id(group): group["lr"] for adam in (critic_adam, student_adam) for group in adam.param_groups}
 
     def path() -> Path:
         told = condition(generator) if condition else {}
-        return method.rollout(Batch(told, torch.arange(batch), (teacher.dimensions,), teacher.means.dtype), roles, draw)
+        clean: tuple[Tensor, Condition] | None = (real(batch, generator), {}) if real else None
+        shape, dtype = (teacher.dimensions,), teacher.means.dtype
+        return method.rollout(Batch(told, torch.arange(batch), shape, dtype, clean), roles, draw)
 
-    def update(optimiser: torch.optim.Adam, rate: float, loss: Loss) -> None:
+    def update(optimiser: torch.optim.Adam, fade: float, loss: Loss) -> None:
         for group in optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = fade * peaks[id(group)]
         optimiser.zero_grad()
-        loss.values.mean().backward()
+        loss.values.mean().backward(inputs=[p for group in optimiser.param_groups for p in group["params"]])
         optimiser.step()
 
     mean = [parameter.detach().clone() for parameter in student.parameters()]
@@ -214,8 +278,8 @@ def distil(
         fade = 0.5 * (1 + math.cos(math.pi * iteration / iterations))
         walked = path()
         for _ in range(method.critic_updates):
-            update(critic_adam, fade * critic_rate, method.critic_loss(walked, roles, draw))
-        update(student_adam, fade * student_rate, method.student_loss(walked, roles, draw))
+            update(critic_adam, fade, method.critic_loss(walked, roles, draw))
+        update(student_adam, fade, method.student_loss(walked, roles, draw))
         for running, parameter in zip(mean, student.parameters(), strict=True):
             running.lerp_(parameter.detach(), 1 - average)
     with torch.no_grad():

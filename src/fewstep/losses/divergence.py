@@ -51,13 +51,12 @@ def clipped_ratio(log_ratio: Tensor, clip: tuple[float, float]) -> Tensor:
 
 
 def mean_one_by_time(ratio: Tensor, tau: Tensor, bins: int) -> Tensor:
-    """`ratio` (B,) divided by its mean among the samples in the same of `bins` equal parts of the times in the batch.
+    """`ratio` (B,) over its mean among the samples whose `tau` (B,) is in the same of `bins` equal parts of [0, 1].
 
     Exact ratios have mean 1 under q at every time; estimated ones are brought there (f-distill's first stage). A sample
     alone in its bin gets 1: use few bins for small batches.
     """
-    low, high = tau.min(), tau.max()
-    place = ((tau - low) / (high - low).clamp(min=1e-9) * bins).long().clamp(max=bins - 1)
+    place = (tau * bins).long().clamp(0, bins - 1)
     total = ratio.new_zeros(bins).index_add(0, place, ratio)
     count = ratio.new_zeros(bins).index_add(0, place, torch.ones_like(ratio))
     return ratio / (total / count.clamp(min=1))[place]

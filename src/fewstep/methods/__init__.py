@@ -9,9 +9,18 @@ from collections.abc import Callable
 
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Loss, Method, Needs, Options, Roles
+from fewstep.methods.dmd2 import DMD2Options, dmd, dmd2
+from fewstep.methods.f_distill import FDistillOptions, f_distill
 from fewstep.methods.tdm_options import TDMOptions, tdm, tdm_paper, tdm_unify
 
-METHODS: dict[str, Callable[[], Options]] = {"tdm": tdm, "tdm-paper": tdm_paper, "tdm-unify": tdm_unify}
+METHODS: dict[str, Callable[[], Options]] = {
+    "tdm": tdm,
+    "tdm-paper": tdm_paper,
+    "tdm-unify": tdm_unify,
+    "dmd2": dmd2,
+    "dmd": dmd,
+    "f-distill": f_distill,
+}
 
 
 def preset(name: str) -> Options:
@@ -25,4 +34,16 @@ def preset(name: str) -> Options:
     return METHODS[name]()
 
 
-__all__ = ["METHODS", "Batch", "Loss", "Method", "Needs", "Options", "Roles", "TDMOptions", "preset"]
+__all__ = [
+    "METHODS",
+    "Batch",
+    "DMD2Options",
+    "FDistillOptions",
+    "Loss",
+    "Method",
+    "Needs",
+    "Options",
+    "Roles",
+    "TDMOptions",
+    "preset",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class Batch:
     """Of the student's path. Its device is that of `samples`."""
     real: tuple[Tensor, Condition] | None = None
     """Clean samples of the data with their own conditions, B rows each, for methods that need them."""
+    pairs: tuple[Tensor, Tensor, Condition] | None = None
+    """Standard normal noise, what the teacher's sampler made of it, and the conditions, for methods that need them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ class Needs:
 
     critic: bool = False
     discriminator: bool = False
+    features: Literal["critic", "teacher"] = "critic"
+    """Whose features the discriminator reads in the method's paper, where it needs one."""
     real_data: bool = False
+    pairs: bool = False
+    """Noise with the teacher's own samples from it."""
     steps_condition: bool = False
     """Student and critic must read the condition "steps"."""
     landing_condition: bool = False
@@ -84,7 +90,7 @@ class Roles(Protocol):
         ...
 
     def log_ratio(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """log p/q (B,), teacher's law over student's, at noised x: the discriminator's mean logit, or an exact one."""
+        """log p/q (B,), law of the data over the student's, at noised x: the discriminator's mean logit."""
         ...
 
 

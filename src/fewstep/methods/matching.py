@@ -8,7 +8,8 @@ target (`_critic_target`); divergence, guidance and the adversarial term are opt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,13 +22,27 @@ from fewstep.core.renoise import renoise
 from fewstep.core.rollout import Landing, Path
 from fewstep.core.streams import Draw
 from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
 from fewstep.losses.adversarial import fooling_loss, telling_loss
 from fewstep.losses.critic import critic_loss, critic_weight
 from fewstep.losses.divergence import clipped_ratio, divergence_weight, mean_one_by_time
 from fewstep.losses.matching import match, normaliser
-from fewstep.methods.base import STEPS, Batch, Loss, Needs, Roles, agreement_metrics, mean_loss, spread_metrics
+from fewstep.methods.base import (
+    LANDING,
+    STEPS,
+    Batch,
+    Loss,
+    Needs,
+    Roles,
+    agreement_metrics,
+    mean_loss,
+    spread_metrics,
+)
 from fewstep.methods.matching_options import MatchingOptions
 from fewstep.methods.tau import draw_tau, tau_bounds
+
+LogRatio = Callable[[Tensor, Tensor, Condition], Tensor]
+"""f(x_tau (B, ...), tau (B,), condition) -> log p/q (B,) of the teacher's and the student's law at that level."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,8 @@ class Query:
     x: Tensor
     tau: Tensor
     noise: Tensor
+    logits: Tensor | None = None
+    """The discriminator's there, with gradient to the student, where its loss asks for them."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +66,21 @@ class Pull:
 
 
 class Matching:
-    """Base of the methods that match distributions; see the module."""
+    """Base of the methods that match distributions; see the module.
+
+    Args:
+        options: every setting.
+        log_ratio: log density ratio for divergences other than the reverse KL; without it, the discriminator's.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
 
-    def __init__(self, options: MatchingOptions) -> None:
+    def __init__(self, options: MatchingOptions, log_ratio: LogRatio | None = None) -> None:
         options.validate()
         self.options = options
+        self._log_ratio = log_ratio
 
     @property
     def critic_updates(self) -> int:
@@ -71,7 +94,7 @@ class Matching:
     @property
     def needs(self) -> Needs:
         o = self.options
-        adversarial = o.gan_weight > 0 or self._judged
+        adversarial = o.gan_weight > 0 or (self._judged and self._log_ratio is None)
         return Needs(critic=True, discriminator=adversarial, real_data=adversarial, steps_condition=o.steps_condition)
 
     def forwards(self, steps: int | None = None) -> float:
@@ -98,6 +121,11 @@ class Matching:
     def rollout(self, batch: Batch, roles: Roles, draw: Draw) -> Path:
         """Pure noise, a step count for each sample, and the student's path from there, walked as far as asked."""
         o = self.options
+        if self.needs.real_data and batch.real is None:
+            raise FewstepError(
+                f"found a batch without real data, expected some, since {self.name} here has a discriminator "
+                "(gan_weight above 0, or a divergence other than reverse_kl), fix: fill Batch.real"
+            )
         device = batch.samples.device
         counts = torch.tensor(o.counts)
         steps = counts[draw.integers("steps", len(counts))]
@@ -174,7 +202,7 @@ class Matching:
 
     def _discriminator_loss(self, path: Path, roles: Roles, landing: Landing, query: Query, draw: Draw) -> Loss:
         """Real data noised to the same levels, against the renoised samples."""
-        assert path.real is not None
+        assert path.real is not None  # see `rollout`
         clean, condition = path.real
         noise = draw.normal("real", clean.shape[1:], clean.dtype, clean.device)
         x = renoise(roles.process, clean, torch.zeros_like(query.tau), query.tau, noise)
@@ -188,6 +216,9 @@ class Matching:
         o = self.options
         landing = self._compared(path, path.land(roles.student, call), draw)  # the one call with gradient
         query = self._query(path, landing, draw)
+        if o.gan_weight:
+            attached = renoise(path.process, landing.x, landing.t, query.tau, query.noise)  # query.x, with gradient
+            query = replace(query, logits=roles.discriminator(attached, query.tau, prompt_of(landing.condition)))
         pulls, metrics = self._pulls(roles, landing, query, draw)
         parts = [
             pull.weight
@@ -197,9 +228,8 @@ class Matching:
         values = torch.stack(parts).sum(0)
         metrics |= {"student_loss": values.detach().mean(), "normaliser": pulls[0].divisor.mean()}
         metrics |= spread_metrics(landing.denoised)
-        if o.gan_weight:
-            logits = roles.discriminator(self._attached(path, landing, query), query.tau, prompt_of(landing.condition))
-            adversarial = fooling_loss(logits)
+        if query.logits is not None:
+            adversarial = fooling_loss(query.logits)
             values = values + o.gan_weight * adversarial
             metrics["adversarial_loss"] = adversarial.detach().mean()
         return Loss(values, metrics)
@@ -216,7 +246,11 @@ class Matching:
         else:
             real, guidance, divisors = self._decoupled(roles, landing, query, condition, draw)
             pulls = [Pull(real - fake, divisors[0], weight), Pull(guidance, divisors[1], torch.ones_like(weight))]
-        return pulls, agreement_metrics(landing.denoised, real, fake)
+        metrics = agreement_metrics(landing.denoised, real, fake)
+        if self._judged:
+            share = 1 / weight.square().mean()  # effective share of the samples
+            metrics |= {"weight_min": weight.min(), "weight_max": weight.max(), "weight_effective_share": share}
+        return pulls, metrics
 
     def _decoupled(
         self, roles: Roles, landing: Landing, query: Query, condition: Condition, draw: Draw
@@ -247,11 +281,21 @@ class Matching:
         }[self.options.guidance_levels]
 
     def _sample_weight(self, roles: Roles, query: Query, condition: Condition) -> Tensor:
-        """h(r), with mean 1 over the batch (f-distill); 1 for the reverse KL."""
+        """h(r), with mean 1 over the batch (f-distill, card section 2); 1 for the reverse KL.
+
+        Both of its normalisations are means over the batch that is here, a micro-batch of one process: they alone make
+        a result depend on how a batch is split.
+        """
         o = self.options
         if not self._judged:
             return torch.ones_like(query.tau)
-        ratio = clipped_ratio(roles.log_ratio(query.x, query.tau, condition), o.ratio_clip)
+        if self._log_ratio is not None:
+            log_ratio = self._log_ratio(query.x, query.tau, condition)
+        elif query.logits is not None:
+            log_ratio = query.logits.flatten(1).mean(1)
+        else:
+            log_ratio = roles.log_ratio(query.x, query.tau, condition)
+        ratio = clipped_ratio(log_ratio, o.ratio_clip)
         weight = divergence_weight(o.divergence, mean_one_by_time(ratio, query.tau, o.ratio_bins))
         return weight / weight.mean()
 
@@ -269,11 +313,7 @@ class Matching:
         noise = draw.normal("renoise", landing.x.shape[1:], landing.x.dtype, landing.x.device)
         return Query(renoise(process, landing.x, landing.t, tau, noise).detach(), tau, noise)
 
-    def _attached(self, path: Path, landing: Landing, query: Query) -> Tensor:
-        """The query's x with gradient to the student."""
-        return renoise(path.process, landing.x, landing.t, query.tau, query.noise)
-
 
 def prompt_of(condition: Condition) -> Condition:
-    """What a teacher is told: everything but the step count."""
-    return {name: value for name, value in condition.items() if name != STEPS}
+    """What a teacher is told: everything but the step count and the landing time."""
+    return {name: value for name, value in condition.items() if name not in (STEPS, LANDING)}

@@ -100,7 +100,7 @@ class MatchingOptions:
     # Divergence and discriminator
     divergence: Divergence = "reverse_kl"
     """What is descended; all but `reverse_kl` weight each sample by a function of the density ratio of teacher and
-    student (f-distill), which a discriminator provides unless the roles bring a ratio of their own."""
+    student (f-distill), which a discriminator provides unless the method is given a ratio of its own."""
     ratio_clip: tuple[float, float] = (0.1, 20.0)
     """Density ratios are kept between these (f-distill's code)."""
     ratio_bins: int = 10

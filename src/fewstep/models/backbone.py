@@ -39,7 +39,9 @@ BACKBONES: dict[str, type[Backbone]] = {}
 """Adapters by the class name of the network in `model_index.json`; filled by `register_backbone`."""
 
 _LIBRARIES = ("diffusers", "transformers")
-_OWN_LIBRARIES = ("fewstep.models.steps_aware", "fewstep.models.flow_scheduler")
+_OWN_LIBRARIES = (
+    "fewstep.models.steps_aware", "fewstep.models.flow_scheduler", "fewstep.models.expert_networks",
+)  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 Predict = Callable[[Tensor, Tensor], Tensor]
 _Kind = TypeVar("_Kind", bound="type[Backbone]")
@@ -130,6 +132,30 @@ class Backbone(ABC):
         if self._null is None:
             self._null = self.encode([""])
         return self._null
+
+    def tapped_blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The modules of `network` (the teacher's or one of its kind) whose features a discriminator reads.
+
+        In the order of their calls; each returns tokens (B, N, C) of the width C of its layer norm. An adapter that
+        does not say so has no discriminators.
+        """
+        raise FewstepError(
+            f"found {type(self).__name__}, which does not say where its features are, expected tapped_blocks and "
+            "feature_width in the adapter, fix: write them (see fewstep.models.pixart), or choose a method without a "
+            "discriminator"
+        )
+
+    @property
+    def feature_width(self) -> int:
+        """C, the width of the features of `tapped_blocks`."""
+        raise NotImplementedError
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] as latents (B, *latent_shape), by the pipeline's own autoencoder.
+
+        Needed where images are real data of a discriminator.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not encode images")
 
     def adapter_targets(self, layers: str) -> list[str]:
         """Names for PEFT's `target_modules`: "attention+ff" (the family's usual layers) or "all-linear"."""

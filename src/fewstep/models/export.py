@@ -186,9 +186,10 @@ def _pipeline_usage(pipeline: Any, sampling: Sampling) -> list[str]:
     """Lines that sample the pipeline folder FOLDER."""
     aware = hasattr(pipeline.transformer, "call_embedder")
     loader, home = (type(pipeline).__name__, type(pipeline).__module__) if aware else ("DiffusionPipeline", "diffusers")
-    scheduler_home = type(sampling.scheduler).__module__
+    homes = [] if aware else [type(pipeline.transformer).__module__]
+    homes.append(type(sampling.scheduler).__module__)
     return [
-        *([f"import {scheduler_home}"] if scheduler_home.startswith("fewstep") else []),
+        *(f"import {home}" for home in homes if home.startswith("fewstep")),
         f"from {home} import {loader}",
         "",
         f'pipeline = {loader}.from_pretrained("FOLDER")',

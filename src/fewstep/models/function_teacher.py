@@ -19,7 +19,7 @@ from fewstep.core.prediction import PREDICTIONS, to_denoised
 from fewstep.core.process import Process
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
-from fewstep.models.roles import Roles, Seat
+from fewstep.models.roles import Discriminator, Roles, Seat
 
 
 class FunctionTeacher:
@@ -41,11 +41,22 @@ class FunctionTeacher:
         self._null = null
         self.network: nn.Module = _Predicting(denoise, prediction).requires_grad_(False)
 
-    def roles(self, student: nn.Module, critic: nn.Module | None = None, *, prediction: str = "x0") -> Roles:
-        """Seat `student` and `critic` (a copy of the student unless given); both predict in the kind `prediction`."""
+    def roles(
+        self,
+        student: nn.Module,
+        critic: nn.Module | None = None,
+        *,
+        prediction: str = "x0",
+        discriminator: nn.Module | None = None,
+    ) -> Roles:
+        """Seat `student` and `critic` (a copy of the student unless given); both predict in the kind `prediction`.
+
+        `discriminator`(x, t, condition) -> logits (B, heads), for methods that need one.
+        """
         critic = copy.deepcopy(student) if critic is None else critic
         seats = [Seat(_Predicting(network, prediction).requires_grad_(True)) for network in (student, critic)]
-        return Roles(self, Seat(self.network), *seats)
+        judge = None if discriminator is None else Discriminator(discriminator.requires_grad_(True))
+        return Roles(self, Seat(self.network), seats[0], seats[1], judge)
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """One call of teacher, student or critic, as a denoised sample."""

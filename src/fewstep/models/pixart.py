@@ -13,6 +13,7 @@ from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.adapters import shared_copy
 from fewstep.models.backbone import Backbone, Predict, register_backbone
+from fewstep.models.discriminator import blocks_at
 
 STATES, MASK = "text_states", "text_mask"
 """Condition keys: text encoder states (B, L, width), and 1 where they are words and 0 where padding (B, L)."""
@@ -22,6 +23,7 @@ _ENCODE_BATCH = 64
 
 @register_backbone("PixArtTransformer2DModel")
 @register_backbone("StepsAwarePixArtTransformer2DModel")
+@register_backbone("ExpertsPixArtTransformer2DModel")
 class PixArt(Backbone):
     """Adapter of `PixArtAlphaPipeline`, `PixArtSigmaPipeline` and our `StepsAwarePixArtPipeline`."""
 
@@ -85,6 +87,20 @@ class PixArt(Backbone):
         vae = self.pipeline.vae
         images = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu()
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        encoded = vae.encode(images.to(vae.device, vae.dtype))
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return latents.float() * vae.config.scaling_factor
+
+    def tapped_blocks(self, network: nn.Module) -> list[nn.Module]:
+        return blocks_at(list(network.get_submodule("transformer_blocks").children()))
+
+    @property
+    def feature_width(self) -> int:
+        return self.pipeline.transformer.inner_dim
 
     def steps_aware(self) -> nn.Module:
         from fewstep.models.steps_aware import made_steps_aware

@@ -6,6 +6,9 @@
 | "copies"   | the network        | full copy        | full copy        | 3 networks             |
 | "mixed"    | base, adapter off  | full copy        | LoRA on the base | 2 networks + 1 adapter |
 
+A discriminator, for methods that have one, is heads on the features of the critic or of the teacher, or a network of
+its own; what it has of its own is trained, saved and restored with the critic.
+
 All start as the teacher, exactly. The teacher's weights are the backbone's own, shared and never trained. What is
 trained is float32; the frozen base is in whatever dtype the backbone was loaded. Text encoder and autoencoder have no
 part in this.
@@ -35,10 +38,12 @@ from fewstep.models.adapters import (
     shared_copy,
 )
 from fewstep.models.backbone import Backbone
+from fewstep.models.discriminator import Heads, tapped
 
 Kind = Literal["adapters", "copies", "mixed"]
 Layers = Literal["attention+ff", "all-linear"]
-STUDENT, CRITIC = "student", "critic"
+Features = Literal["none", "critic", "teacher"]
+STUDENT, CRITIC, DISCRIMINATOR = "student", "critic", "discriminator"
 _TOLD = ("steps", "landing")  # what the teacher must not be told
 
 
@@ -67,6 +72,19 @@ class Seat:
         return adapter_parameters(self.network, self.adapter)
 
 
+@dataclass(frozen=True)
+class Discriminator:
+    """What tells data from the student's samples: heads on the features of a seat, or a module of its own."""
+
+    network: nn.Module
+    """Heads (features -> logits) on `seat`; without one, (x, t, condition) -> logits (B, heads)."""
+    seat: Seat | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What it has of its own, by names that no network uses."""
+        return {f"{DISCRIMINATOR}.{name}": value for name, value in self.network.named_parameters()}
+
+
 class Roles:
     """The three denoisers of a distillation: `teacher`, `student` and `critic`, each `(x, t, condition) -> denoised`.
 
@@ -74,9 +92,17 @@ class Roles:
     between the forward of a role and its backward: gradients are exact, with and without checkpointing.
     """
 
-    def __init__(self, backbone: Caller, teacher: Seat, student: Seat, critic: Seat | None) -> None:
+    def __init__(
+        self,
+        backbone: Caller,
+        teacher: Seat,
+        student: Seat,
+        critic: Seat | None,
+        discriminator: Discriminator | None = None,
+    ) -> None:
         self.backbone, self.process = backbone, backbone.process
         self._teacher, self._student, self._critic = teacher, student, critic
+        self._discriminator = discriminator
 
     def teacher(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         told = {name: value for name, value in condition.items() if name not in _TOLD}
@@ -87,6 +113,34 @@ class Roles:
 
     def critic(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self._call(self._need_critic(), x, t, condition)
+
+    @property
+    def discriminates(self) -> bool:
+        """Whether there is a discriminator."""
+        return self._discriminator is not None
+
+    def discriminator(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Logits (B, heads) that noised `x` is data and not the student's; it is not told about steps.
+
+        Gradients go to the heads, to what is trained of the features' network, and to `x`: whoever calls it for the
+        student's sake asks for the student's gradients alone (`training.trainee`).
+        """
+        found = self._discriminator
+        if found is None:
+            raise FewstepError(
+                "found roles without a discriminator, expected one, fix: build_roles(..., discriminator='critic')"
+            )
+        told = {name: value for name, value in condition.items() if name not in _TOLD}
+        if found.seat is None:
+            return found.network(x, t, told)
+        assert isinstance(self.backbone, Backbone)
+        with tapped(self.backbone.tapped_blocks(found.seat.network)) as features:
+            self._call(found.seat, x, t, told)
+        return found.network(features).to(x.dtype)
+
+    def log_ratio(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """log p/q (B,) of data and student at noised `x`: the mean logit, a geometric mean of the heads' ratios."""
+        return self.discriminator(x, t, condition).flatten(1).mean(1)
 
     def null(self, condition: Condition) -> Condition:
         """`condition` with the prompt replaced by the empty one, row by row; "steps" and the like stay."""
@@ -102,23 +156,24 @@ class Roles:
         return list(self._student.parameters().values())
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        return list(self._need_critic().parameters().values())
+        """What is trained with the critic: its own parameters and those of the discriminator, if there is one."""
+        return list(self._critic_trained().values())
 
     def student_state(self) -> dict[str, Tensor]:
         """The trained tensors of the student by name, detached and not copied."""
         return {name: value.detach() for name, value in self._student.parameters().items()}
 
     def critic_state(self) -> dict[str, Tensor]:
-        """The trained tensors of the critic by name, detached and not copied."""
-        return {name: value.detach() for name, value in self._need_critic().parameters().items()}
+        """The trained tensors of critic and discriminator by name, detached and not copied."""
+        return {name: value.detach() for name, value in self._critic_trained().items()}
 
     def load_student_state(self, state: Mapping[str, Tensor]) -> None:
         """Write what `student_state` returned back into the student, in place."""
-        _load(self._student, state, STUDENT)
+        _load(self._student.parameters(), state, STUDENT)
 
     def load_critic_state(self, state: Mapping[str, Tensor]) -> None:
         """Write what `critic_state` returned back into the critic, in place."""
-        _load(self._need_critic(), state, CRITIC)
+        _load(self._critic_trained(), state, CRITIC)
 
     @property
     def student_seat(self) -> Seat:
@@ -142,6 +197,10 @@ class Roles:
             merge_adapter(seat.network, seat.adapter, into=network)
         return network.requires_grad_(False).eval()
 
+    def _critic_trained(self) -> dict[str, nn.Parameter]:
+        own = self._need_critic().parameters()
+        return own if self._discriminator is None else own | self._discriminator.parameters()
+
     def _need_critic(self) -> Seat:
         if self._critic is None:
             raise FewstepError("found roles without a critic, expected one, fix: pass a critic network")
@@ -163,9 +222,10 @@ def build_roles(
     layers: Layers = "attention+ff",
     steps_aware: bool = False,
     checkpointing: bool = False,
+    discriminator: Features = "none",
     seed: int = 0,
 ) -> Roles:
-    """Seat the three roles.
+    """Seat the three roles, and a discriminator if it is asked for.
 
     Args:
         backbone: the teacher.
@@ -177,13 +237,20 @@ def build_roles(
         layers: which layers take adapters: attention and feed-forward, or every linear layer.
         steps_aware: student and critic read the conditions "steps" and "landing".
         checkpointing: keep only block inputs for the backward pass and compute the rest again.
-        seed: of the new weights (adapters, step embedding).
+        discriminator: whose features it reads: the critic's, which it then shapes too (DMD2), or those of the frozen
+            teacher (f-distill).
+        seed: of the new weights (adapters, step embedding, heads).
 
     Raises:
-        FewstepError: unknown kind or layers, or a rank below 1.
+        FewstepError: unknown kind, layers or discriminator, a rank below 1, or a discriminator on a backbone that does
+            not say where its features are.
     """
     if kind not in get_args(Kind):
         raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")
+    if discriminator not in get_args(Features):
+        raise FewstepError(
+            f"found discriminator {discriminator!r}, expected one of {get_args(Features)}, fix: name one of these"
+        )
     ranks = {STUDENT: rank, CRITIC: rank if critic_rank is None else critic_rank}
     if min(ranks.values()) < 1:
         raise FewstepError(f"found adapter ranks {ranks}, expected at least 1, fix: 16 to 64 are usual")
@@ -201,11 +268,18 @@ def build_roles(
             role: Seat(base, switch, role) if role in adapters else Seat(_trainable(_own_copy(backbone, steps_aware)))
             for role in (STUDENT, CRITIC)
         }
+        read = {"none": None, "critic": seats[CRITIC], "teacher": Seat(base, switch)}[discriminator]
+        judge = None if read is None else Discriminator(_heads(backbone, read.network), read)
     if checkpointing:
         for network, its_switch in {(seat.network, seat.switch) for seat in seats.values()}:
             own_way = checkpoint_function(its_switch) if its_switch else None
             network.enable_gradient_checkpointing(own_way)
-    return Roles(backbone, Seat(base, switch), seats[STUDENT], seats[CRITIC])
+    return Roles(backbone, Seat(base, switch), seats[STUDENT], seats[CRITIC], judge)
+
+
+def _heads(backbone: Backbone, network: nn.Module) -> Heads:
+    """New heads, float32, on the device of the network."""
+    return Heads(backbone.feature_width, len(backbone.tapped_blocks(network))).to(backbone.device)
 
 
 def _adapted_base(
@@ -243,16 +317,15 @@ def _trainable(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _load(seat: Seat, state: Mapping[str, Tensor], role: str) -> None:
-    parameters = seat.parameters()
+def _load(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], role: str) -> None:
     wrong = sorted(parameters.keys() ^ state.keys()) or sorted(
         name for name, value in parameters.items() if value.shape != state[name].shape
     )
     if wrong:
         raise FewstepError(
             f"found a {role} state that differs in {len(wrong)} of {len(parameters)} tensors (such as {wrong[0]!r}), "
-            "expected the state of equal roles, fix: build the roles with the kind, rank, layers and step condition "
-            "of the checkpoint"
+            "expected the state of equal roles, fix: build the roles with the kind, rank, layers, step condition and "
+            "discriminator of the checkpoint"
         )
     for name, value in parameters.items():
         value.copy_(state[name])

@@ -18,6 +18,9 @@ from fewstep.models.backbone import Backbone, load_backbone, seeded_noise
 from fewstep.models.export import CARD, CARD_FORMAT
 from fewstep.models.roles import STUDENT
 
+ROUTER = "router.json"
+"""Lies in a folder of several students (`fewstep.models.router`)."""
+
 
 class Student:
     """A few-step network with the grids it was trained on.
@@ -102,12 +105,18 @@ class Student:
 def load_student(
     folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Student:
-    """Load what `save_student` wrote: a pipeline folder, or a LoRA with the teacher that it names.
+    """Load what `save_student` wrote: a pipeline folder, or a LoRA with the teacher that it names; or several of them.
+
+    Several lie in one folder with their router, and are sampled as one (`fewstep.models.router`).
 
     Raises:
         FewstepError: no student there, weights that are pickles, or parts that would need code from the folder.
     """
     folder = Path(folder)
+    if (folder / ROUTER).is_file():
+        from fewstep.models.router import load_routed
+
+        return load_routed(folder, dtype=dtype, device=device)
     card, grids = _read_card(folder)
     if card["form"] == "pipeline":
         backbone = load_backbone(folder, dtype=dtype, device=device)

@@ -63,8 +63,16 @@ class Teacher:
             return guided(self._call, x, t, condition, null, scale)
 
         grid = grids.from_scheduler(backbone.pipeline.scheduler, steps, backbone.process)
-        noise = seeded_noise(seeds, backbone.latent_shape).to(backbone.device) * backbone.process.noise_scale
-        return SOLVERS[solver](denoise, noise, grid, backbone.process, backbone.encode(prompts))
+        start = self.noise(seeds) * backbone.process.noise_scale
+        return SOLVERS[solver](denoise, start, grid, backbone.process, backbone.encode(prompts))
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """The standard normal noise (B, ...) that `latents` starts from."""
+        return seeded_noise(seeds, self.backbone.latent_shape).to(self.backbone.device)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """The conditions of prompts, one row each."""
+        return self.backbone.encode(prompts)
 
     def sample(
         self,

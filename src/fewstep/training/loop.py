@@ -38,9 +38,20 @@ It depends on its arguments only. `samples` are global: the n-th sample of itera
 n, whatever process asks for it.
 """
 
+RealData = Callable[[int, Tensor], tuple[Tensor, Condition]]
+"""real(iteration, samples (b,) long) -> clean samples of the data (b, ...) with their conditions; as `Data`."""
+
+PairData = Callable[[int, Tensor], tuple[Tensor, Tensor, Condition]]
+"""pairs(iteration, samples) -> standard normal noise (b, ...), the teacher's samples from it, conditions; as `Data`."""
+
 
 class TrainableRoles(Roles, Protocol):
-    """Roles whose student and critic can be trained."""
+    """Roles whose student and critic can be trained; a discriminator, if there is one, is part of the critic."""
+
+    @property
+    def discriminates(self) -> bool:
+        """Whether there is a discriminator. May be missing where there is none."""
+        ...
 
     def student_parameters(self) -> list[nn.Parameter]:
         """What is trained of the student; shares nothing with the critic's."""
@@ -93,6 +104,8 @@ def train(
     hooks: Hooks | None = None,
     *,
     noise_shape: tuple[int, ...],
+    real: RealData | None = None,
+    pairs: PairData | None = None,
     configuration: Mapping[str, Any] | None = None,
     resume: bool = False,
 ) -> TrainResult:
@@ -100,6 +113,8 @@ def train(
 
     Args:
         noise_shape: shape of one sample without the batch axis, such as (4, 16, 16).
+        real: where clean data come from; needed by methods with a discriminator, not looked at by others.
+        pairs: where noise with the teacher's own samples comes from; likewise for methods that regress to them.
         configuration: all else that decides the result (teacher, kind of roles, prompts ...), as JSON-able
             values; kept with the checkpoints and compared on resume, as are the options of method and trainer.
         resume: continue the run in `out` from its newest complete checkpoint, on the CPU to the bit; if there is no
@@ -115,7 +130,7 @@ def train(
             or 143.
     """
     hooks = hooks or Hooks()
-    _validate(method, roles, options, hooks)
+    _validate(method, roles, options, hooks, real, pairs)
     out = Path(out)
     run = {
         **(configuration or {}),
@@ -128,9 +143,16 @@ def train(
     networks = Networks(roles, options.precision, device)
 
     def batch(iteration: int, samples: Tensor) -> Batch:
+        told: dict[str, Any] = {}
         with networks.watch("data"):
             condition = data(iteration, samples)
-        return Batch(condition, samples.to(device), noise_shape, dtype)
+            if method.needs.real_data and real is not None:
+                clean, of_clean = real(iteration, samples)
+                told["real"] = clean.to(device, dtype), of_clean
+            if method.needs.pairs and pairs is not None:
+                noise, made, of_made = pairs(iteration, samples)
+                told["pairs"] = noise.to(device, dtype), made.to(device, dtype), of_made
+        return Batch(condition, samples.to(device), noise_shape, dtype, **told)
 
     with ExitStack() as stack:
         group = stack.enter_context(process_group(device))
@@ -253,7 +275,14 @@ def _save(state: State, out: Path, run: Mapping[str, Any], options: TrainOptions
     return state.save(out / "checkpoints", iteration, folder.describe(run), keep=options.keep, extra=extra)
 
 
-def _validate(method: Method, roles: TrainableRoles, options: TrainOptions, hooks: Hooks) -> None:
+def _validate(
+    method: Method,
+    roles: TrainableRoles,
+    options: TrainOptions,
+    hooks: Hooks,
+    real: RealData | None,
+    pairs: PairData | None,
+) -> None:
     """Refuses what cannot work, before any work."""
     options.validate()
     for name in ("sample", "evaluate"):
@@ -268,9 +297,19 @@ def _validate(method: Method, roles: TrainableRoles, options: TrainOptions, hook
                 f"found no parameters to train in the {name}, expected some, "
                 "fix: build the roles with an adapter or a copy"
             )
-    for name in ("discriminator", "real_data"):
-        if getattr(method.needs, name):
+    needs = method.needs
+    for wanted, there, what, fix in (
+        (
+            needs.discriminator,
+            getattr(roles, "discriminates", False),
+            "a discriminator",
+            "build the roles with discriminator='critic' or 'teacher'",
+        ),
+        (needs.real_data, real is not None, "real data", "pass real=..., such as fewstep.data.real.RealImages"),
+        (needs.pairs, pairs is not None, "pairs", "pass pairs=..., such as fewstep.data.pairs.TeacherPairs"),
+    ):
+        if wanted and not there:
             raise FewstepError(
-                f"found the method {method.name}, which needs a {name.replace('_', ' ')}, "
-                "expected one that trains from a student and a critic alone, fix: choose another method"
+                f"found the method {method.name} with these options without {what}, expected it to have {what}, "
+                f"fix: {fix}, or set the options that ask for it (gan_weight, divergence, regression_weight) back"
             )

@@ -55,10 +55,10 @@ class Stopwatch:
 class Networks:
     """Stands for `roles` in front of a method.
 
-    A call of teacher, student or critic runs under autocast to `precision` and comes back in the dtype of its input,
-    so that all arithmetic of the methods stays in fp32. Its time goes to the stopwatch under the role's name, or
-    "rollout" for a student call without gradient; `rows` counts the samples each role was called with. Everything
-    else of `roles` is passed through. The backward pass is the loop's own to time.
+    A call of teacher, student, critic or discriminator runs under autocast to `precision` and comes back in the dtype
+    of its input, so that all arithmetic of the methods stays in fp32. Its time goes to the stopwatch under the role's
+    name, or "rollout" for a student call without gradient; `rows` counts the samples each role was called with.
+    Everything else of `roles` is passed through. The backward pass is the loop's own to time.
     """
 
     def __init__(self, roles: Roles, precision: Literal["fp32", "bf16", "fp16"], device: torch.device) -> None:
@@ -79,6 +79,12 @@ class Networks:
 
     def critic(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self._call("critic", self._roles.critic, x, t, condition)
+
+    def discriminator(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self._call("discriminator", self._roles.discriminator, x, t, condition)
+
+    def log_ratio(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self._call("discriminator", self._roles.log_ratio, x, t, condition)
 
     def _call(self, role: str, network: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.rows[role] += len(x)

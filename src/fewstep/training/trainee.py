@@ -61,7 +61,7 @@ class Trainee:
                 raise self._unreached(iteration)
             share = loss.values.sum() / self._options.batch
             with self._watch("backward"):
-                self.scaler.scale(share).backward()
+                self.scaler.scale(share).backward(inputs=self._list)  # a loss may lead through the other role as well
             mean += share.detach()
             for name, value in loss.metrics.items():
                 metrics[name] = metrics.get(name, 0) + value * (len(loss.values) / self._options.batch)

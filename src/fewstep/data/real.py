@@ -1,0 +1,81 @@
+"""Where the clean samples of a discriminator come from: scenes of the embedded data set, or images of one's own.
+
+What a sample gets depends on its global number only, so it is the same after a resume and for any number of processes.
+Images are encoded by the teacher's own autoencoder when they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.core.tensors import Condition
+from fewstep.data.prompts import shuffled
+from fewstep.data.scenes import Scenes
+from fewstep.errors import FewstepError
+
+
+class Encoder(Protocol):
+    """What real data need of a backbone."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition: ...
+
+    def encode_images(self, images: Tensor) -> Tensor: ...
+
+
+class RealScenes:
+    """An endless sequence of scenes of the embedded data set with their captions, none of them held out."""
+
+    def __init__(self, backbone: Encoder, seed: int = 0) -> None:
+        self._backbone, self._seed = backbone, seed
+
+    @cached_property
+    def _scenes(self) -> Scenes:
+        return Scenes()
+
+    def __call__(self, iteration: int, samples: Tensor) -> tuple[Tensor, Condition]:
+        """Latents (B, ...) and conditions of global sample numbers (B,)."""
+        images, captions = zip(*(self.scene(int(n)) for n in samples), strict=True)
+        return self._backbone.encode_images(torch.stack(images)), self._backbone.encode(captions)
+
+    def scene(self, sample: int) -> tuple[Tensor, str]:
+        """Image (3, 64, 64) in [-1, 1] and caption of a global sample number."""
+        images, captions, _ = self._scenes.draw(1, np.random.default_rng([self._seed, 7, sample]))
+        return images[0], str(captions[0])
+
+
+class RealImages:
+    """Shuffled passes over images (N, 3, H, W) with a text each.
+
+    Args:
+        backbone: the teacher's; its latents have to have the images' proportions.
+        images: uint8, or floats in [-1, 1].
+        texts: one per image.
+        seed: of the order.
+
+    Raises:
+        FewstepError: no images, not one text each, or another shape or range.
+    """
+
+    def __init__(self, backbone: Encoder, images: Tensor, texts: Sequence[str], seed: int = 0) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or not 0 < len(images) == len(texts):
+            raise FewstepError(
+                f"found images of shape {tuple(images.shape)} and {len(texts)} texts, expected (N, 3, H, W) with N "
+                "texts and N at least 1, fix: pass one text per image, channels before height"
+            )
+        if images.dtype != torch.uint8 and not bool((images.abs() <= 1).all()):
+            raise FewstepError("found images beyond [-1, 1], expected uint8, or floats in [-1, 1], fix: rescale them")
+        self._backbone, self._images, self._texts, self._seed = backbone, images, list(texts), seed
+
+    def __call__(self, iteration: int, samples: Tensor) -> tuple[Tensor, Condition]:
+        """Latents (B, ...) and conditions of global sample numbers (B,)."""
+        places = [shuffled(int(n), len(self._texts), (self._seed, 8)) for n in samples]
+        images = self._images[places]
+        if images.dtype == torch.uint8:
+            images = images.float() / 127.5 - 1
+        return self._backbone.encode_images(images), self._backbone.encode([self._texts[place] for place in places])

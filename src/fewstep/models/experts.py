@@ -1,0 +1,152 @@
+"""A student of several networks, its experts, each for a range of times: roles that train one, and a network of all.
+
+| kind       | expert in training | earlier experts                | later experts          |
+|------------|--------------------|--------------------------------|------------------------|
+| "adapters" | LoRA on the base   | a frozen LoRA each on the base | the teacher, unguided  |
+| "copies"   | full copy          | a frozen full copy each        | the teacher, unguided  |
+| "mixed"    | full copy          | a frozen full copy each        | the teacher, unguided  |
+
+Later experts are what they will begin as, so that a student can be looked at, and saved, at any time of its training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.tensors import Condition, index_condition
+from fewstep.errors import FewstepError
+from fewstep.models.adapters import PerAdapter, adapter_parameters, add_adapter
+from fewstep.models.backbone import Backbone
+from fewstep.models.roles import Kind, Roles, Seat, build_roles
+
+
+class ExpertRoles(Roles):
+    """Roles whose student is, sample by sample, the expert of its time; only one expert is trained.
+
+    Args:
+        roles: student (the expert in training), critic and teacher.
+        earlier: frozen seats of the experts before it, noise first.
+        switches: times, falling, of which the n-th lies between the calls of expert n and of expert n + 1.
+    """
+
+    def __init__(self, roles: Roles, earlier: Sequence[Seat], switches: Sequence[float]) -> None:
+        super().__init__(roles.backbone, roles._teacher, roles._student, roles._critic, roles._discriminator)
+        later = len(switches) - len(earlier)
+        self._experts = [*earlier, self._student, *[self._teacher] * later]
+        self.switches = tuple(switches)
+
+    def student(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """One call of one expert for every sample; a batch of different times is split by expert."""
+        expert = expert_of(t, self.switches)
+        present = expert.unique().tolist()
+        if len(present) == 1:
+            return self._call(self._experts[present[0]], x, t, condition)
+        rows = [(expert == index).nonzero().flatten() for index in present]
+        parts = [
+            self._call(self._experts[index], x[own], t[own], index_condition(condition, own))
+            for index, own in zip(present, rows, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    @property
+    def steps_aware(self) -> bool:
+        """False: experts are for one step count, and if networks read "landing", only the critic is told it."""
+        return False
+
+    def student_network(self) -> nn.Module:
+        """All experts as one network that switches by itself (`fewstep.models.expert_networks`). A copy, frozen."""
+        from fewstep.models.expert_networks import switching_network
+
+        assert isinstance(self.backbone, Backbone)
+        networks = [
+            _plain_copy(self.backbone.network)
+            if seat is self._teacher
+            else Roles(self.backbone, self._teacher, seat, None).student_network()
+            for seat in self._experts
+        ]
+        switches = self.backbone.process.network_time(torch.tensor(self.switches, dtype=torch.float64))
+        return switching_network(networks, switches.tolist()).requires_grad_(False).eval()
+
+
+def build_expert_roles(
+    backbone: Backbone,
+    kind: Kind,
+    switches: Sequence[float],
+    earlier: Sequence[Mapping[str, Tensor]],
+    **options: Any,
+) -> ExpertRoles:
+    """Seat the expert that follows `earlier` ones as the student, starting as the teacher, with a fresh critic.
+
+    Args:
+        backbone: the teacher.
+        kind: how roles share weights, as in `build_roles`.
+        switches: times at which experts change (`switch_times`), one fewer than experts.
+        earlier: `student_state()` of the experts before, noise first.
+        options: more for `build_roles`; with `steps_aware` networks read "landing", which the student is not told.
+
+    Raises:
+        FewstepError: there are more earlier experts than switches, or states that do not fit.
+    """
+    if len(earlier) > len(switches):
+        raise FewstepError(
+            f"found {len(earlier)} experts before this one and {len(switches)} times at which experts change, expected "
+            "no more experts than times, fix: name the time at which each expert ends"
+        )
+    roles = build_roles(backbone, kind, **options)
+    frozen = [_frozen_seat(roles.student_seat, f"expert{n}", state) for n, state in enumerate(earlier, start=1)]
+    return ExpertRoles(roles, frozen, switches)
+
+
+def switch_times(grid: Tensor, ends: Sequence[int]) -> tuple[float, ...]:
+    """Midway between the last call of an expert and the first of the next; `ends` are the calls made by then.
+
+    At midpoints no rounding of times can change who is called.
+    """
+    return tuple(float(grid[end - 1] + grid[end]) / 2 for end in ends[:-1])
+
+
+def expert_of(t: Tensor, switches: Sequence[float]) -> Tensor:
+    """(B,) long: 0 above the first of the falling `switches`, 1 above the second, ...; also for network times."""
+    return (t[:, None] < t.new_tensor(list(switches))).sum(1)
+
+
+def _frozen_seat(student: Seat, name: str, state: Mapping[str, Tensor]) -> Seat:
+    """A seat like the student's, with the weights of `state`."""
+    if student.adapter is None:
+        network = copy.deepcopy(student.network).requires_grad_(False)
+        _fill(dict(network.named_parameters()), state)
+        return Seat(network)
+    assert student.switch is not None
+    network, config = student.network, student.network.peft_config[student.adapter]  # type: ignore[index]
+    trained = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
+    add_adapter(network, name, rank=config.r, alpha=config.lora_alpha, targets=list(config.target_modules))
+    for layer in network.modules():
+        if isinstance(layer, PerAdapter):
+            layer.copies[name] = copy.deepcopy(layer.copies[student.adapter])
+    for key, parameter in network.named_parameters():  # PEFT has changed them, and which adapter computes
+        parameter.requires_grad_(key in trained)
+    student.switch.select(name)
+    own = adapter_parameters(network, name)
+    _fill(own, {key.replace(f".{student.adapter}.", f".{name}."): value for key, value in state.items()})
+    return Seat(network, student.switch, name)
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    wrong = sorted(parameters.keys() ^ state.keys())
+    if wrong:
+        raise FewstepError(
+            f"found an expert's state that differs in {len(wrong)} tensors (such as {wrong[0]!r}), expected that of "
+            "equal roles, fix: build the roles with the kind, rank and layers that the expert was trained with"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+
+
+def _plain_copy(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).float()
