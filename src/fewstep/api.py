@@ -17,7 +17,7 @@ from fewstep.data.prompts import PromptData, training_captions
 from fewstep.data.real import RealScenes
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
-from fewstep.methods import METHODS, Options, preset
+from fewstep.methods import METHODS, Options, PhasedOptions, preset
 from fewstep.models.backbone import Backbone, load_backbone
 from fewstep.models.export import save_student
 from fewstep.models.roles import Roles, build_roles
@@ -106,6 +106,13 @@ def distill(
     """
     roles, train_options = roles or RoleOptions(), train_options or TrainOptions()
     options = preset(method) if isinstance(method, str) else method
+    if isinstance(options, PhasedOptions):
+        from fewstep.several import distill_phases
+
+        return distill_phases(
+            teacher, options, out=out, prompts=prompts, real=real, roles=roles, train_options=train_options,
+            hooks=hooks, resume=resume,
+        )  # fmt: skip
     recipe = options.build()
     train_options.validate()
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
@@ -118,7 +125,7 @@ def distill(
         pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
     features = needs.features if roles.discriminator == "method" else roles.discriminator
     grids = [options.time_grid(count) for count in options.counts]
-    choose_scheduler(backbone, grids)  # a student that no pipeline could sample is refused now, not after the training
+    choose_scheduler(backbone, grids, options.eta)  # a student that no pipeline could sample is refused now
     seats = build_roles(
         backbone,
         roles.roles,
@@ -160,7 +167,9 @@ def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]
     """Save the student that `seats` hold now as a pipeline folder."""
     grids = [options.time_grid(count) for count in options.counts]
     name = next((name for name, make in METHODS.items() if make() == options), options.build().name)
-    return save_student(folder, seats, grids, method=name, details={**details, "method": asdict(options)})
+    return save_student(
+        folder, seats, grids, method=name, eta=options.eta, details={**details, "method": asdict(options)}
+    )
 
 
 def sample(
@@ -209,7 +218,8 @@ class LiveStudent(Student):
         backbone = seats.backbone
         assert isinstance(backbone, Backbone)
         grids = {count: options.time_grid(count) for count in options.counts}
-        super().__init__(backbone, backbone.network, grids, seats.steps_aware, {"teacher": backbone.source})
+        card = {"teacher": backbone.source}
+        super().__init__(backbone, backbone.network, grids, seats.steps_aware, card, options.eta)
         self._seats = seats
 
     def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "draw pictures with a student or the teacher",
     "evaluate": "quality, prompt-following and variety on held-out captions of the embedded data set",
     "compare": "one page that puts teachers and students side by side",
+    "msd": "train one of several students, each for a part of the prompts",
     "methods": "the methods: paper, what they need, network forwards per iteration",
     "teacher": "build, sample and measure the embedded teacher",
     "check": "run the known answers and print the table",

@@ -223,7 +223,7 @@ def _begin(
 ) -> tuple[Backbone, list[str]]:
     """Backbone and prompts; refuses a student that no pipeline could sample."""
     backbone = (teacher if isinstance(teacher, Teacher) else load_teacher(teacher)).backbone
-    choose_scheduler(backbone, [options.time_grid(count) for count in options.counts])
+    choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta)
     return backbone, _training_prompts(backbone.source, prompts)
 
 

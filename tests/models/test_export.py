@@ -183,6 +183,30 @@ def test_the_scheduler_follows_the_grid(backbone: Backbone, tmp_path: Path, grid
     assert_latents_close(load_student(folder).latents(PROMPTS, SEEDS), theirs)
 
 
+@pytest.mark.parametrize(
+    ("grid", "call"),
+    [
+        (grids.uniform(1), {"num_inference_steps": 1}),
+        (grids.uniform(4), {"num_inference_steps": 4}),
+        (grids.uniform(4, 0.9), {"num_inference_steps": 4}),
+        (grids.explicit([999, 856, 665, 399], 1000), {"timesteps": [999, 856, 665, 399]}),
+    ],
+)
+def test_students_that_renoise_are_sampled_with_fresh_noise(backbone: Backbone, tmp_path: Path, grid, call) -> None:
+    folder = save_student(tmp_path / "student", trained_roles(backbone), [grid], method="dmd2", eta=0.0)
+    student, pipeline = load_student(folder), load_stock(folder)
+    assert type(pipeline.scheduler).__name__ == ("DDIMScheduler" if len(grid) == 2 else "LCMScheduler")
+    theirs = pipeline(PROMPTS, generator=generators(), **call, **PLAIN).images
+    assert_latents_close(student.latents(PROMPTS, SEEDS), theirs)
+    if len(grid) > 2:
+        assert not torch.allclose(student.latents(PROMPTS, SEEDS, solver="ddim"), theirs, rtol=0.01)
+
+
+def test_no_scheduler_renoises_in_part(backbone: Backbone) -> None:
+    with pytest.raises(FewstepError, match="eta = 0.5 on the process"):
+        choose_scheduler(backbone, [grids.uniform(4)], 0.5)
+
+
 def test_no_scheduler_follows_fractions_of_an_index(backbone: Backbone) -> None:
     with pytest.raises(FewstepError, match="665.667.*whole training indices"):
         choose_scheduler(backbone, [grids.uniform(3)])

@@ -22,6 +22,8 @@ from fewstep.evaluation.known_answers_fixed_points import (
 )
 from fewstep.evaluation.known_answers_identities import identities
 from fewstep.evaluation.known_answers_mixture import guided_mixture, mixture, steps_aware_mixture
+from fewstep.evaluation.known_answers_phased import resting_laws, subinterval_critic, two_phase_gaussian
+from fewstep.evaluation.known_answers_sid import sid_gaussian
 from fewstep.evaluation.known_answers_training import gaussian, steps_aware_gaussian
 from fewstep.losses.critic import CriticTarget
 
@@ -47,6 +49,12 @@ def quick_checks() -> dict[str, Check]:
     checks["ring of 8, cosine vp"] = partial(mixture, cosine, "ring of 8")
     checks["adversarial fixed points"] = adversarial_fixed_points
     checks["density ratio, flow"] = partial(density_ratio, flow)
+    for name, process in (("flow", flow), ("cosine vp", cosine)):
+        checks[f"phased critic, {name}"] = partial(subinterval_critic, process)
+    checks["phased resting laws"] = resting_laws
+    checks["two-phase Gaussian"] = partial(two_phase_gaussian, flow)
+    for name, process in (("flow", flow), ("vp", vp)):
+        checks[f"SiD Gaussian, {name}, K=1"] = partial(sid_gaussian, process, 1)
     checks["dmd2 Gaussian, flow, K=1"] = partial(dmd2_gaussian, flow, 1, 5e-3)
     return checks
 
@@ -68,6 +76,7 @@ def full_checks() -> dict[str, Check]:
     checks["dmd2 Gaussian, vp, K=1"] = partial(dmd2_gaussian, vp, 1, 5e-3)
     for name, process in (("flow", flow), ("vp", vp)):
         checks[f"dmd2 Gaussian, {name}, K=4"] = partial(dmd2_gaussian, process, 4, 0.0)
+        checks[f"SiD Gaussian, {name}, K=4"] = partial(sid_gaussian, process, 4)
     return checks
 
 

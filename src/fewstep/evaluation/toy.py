@@ -179,10 +179,9 @@ class ResidualMLP(nn.Module):
         steps = condition[STEPS].log2() / 3 if STEPS in condition else absent
         numbers = torch.stack([t, steps, condition.get(LANDING, absent)], 1).to(x.dtype)  # (B, 3)
         angles = (numbers[:, :, None] * self.frequencies).flatten(1)
-        with torch.no_grad():
-            start = self.teacher(x, t, condition)
-            eps = noise_at(self.teacher.process, x, start, t)
-            noise = expand(self.teacher.process.sigma(t), x) * eps
+        start = self.teacher(x, t, condition)
+        eps = noise_at(self.teacher.process, x, start, t)
+        noise = expand(self.teacher.process.sigma(t), x) * eps
         gain, offset = self.network(torch.cat([x, start, eps, numbers, angles.sin(), angles.cos()], 1)).chunk(2, 1)
         return start + gain * noise + offset
 

@@ -11,7 +11,10 @@ from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Loss, Method, Needs, Options, Roles
 from fewstep.methods.dmd2 import DMD2Options, dmd, dmd2
 from fewstep.methods.f_distill import FDistillOptions, f_distill
+from fewstep.methods.phased import PhasedOptions, phased, phased_paper
+from fewstep.methods.sid import SiDOptions, sid_anti_cfg, sid_long, sid_lsg, sid_none, sid_zero_cfg
 from fewstep.methods.tdm_options import TDMOptions, tdm, tdm_paper, tdm_unify
+from fewstep.methods.tsm import TSMOptions, tsm
 
 METHODS: dict[str, Callable[[], Options]] = {
     "tdm": tdm,
@@ -20,6 +23,14 @@ METHODS: dict[str, Callable[[], Options]] = {
     "dmd2": dmd2,
     "dmd": dmd,
     "f-distill": f_distill,
+    "sid": sid_lsg,
+    "sid-none": sid_none,
+    "sid-long": sid_long,
+    "sid-zero-cfg": sid_zero_cfg,
+    "sid-anti-cfg": sid_anti_cfg,
+    "phased": phased,
+    "phased-paper": phased_paper,
+    "tsm": tsm,
 }
 
 
@@ -43,7 +54,10 @@ __all__ = [
     "Method",
     "Needs",
     "Options",
+    "PhasedOptions",
     "Roles",
+    "SiDOptions",
     "TDMOptions",
+    "TSMOptions",
     "preset",
 ]

@@ -138,6 +138,11 @@ class Options(Protocol):
     """Settings of a method: a dataclass that checks itself and builds the method."""
 
     @property
+    def eta(self) -> float:
+        """Share of its own noise that a step of the student keeps when it samples."""
+        ...
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """The step counts that the student is trained for."""
         ...

@@ -53,6 +53,11 @@ class TSMOptions:
     """Lowest time, in (0, 1)."""
 
     @property
+    def eta(self) -> float:
+        """The saved student is sampled without fresh noise."""
+        return 1.0
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """The step count of the saved student."""
         return (self.steps,)

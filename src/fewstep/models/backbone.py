@@ -178,12 +178,23 @@ class Backbone(ABC):
         return self
 
 
+class SeededNoise:
+    """Standard normal numbers as a diffusers pipeline draws them with one generator per sample, call after call."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, shape: Sequence[int]) -> Tensor:
+        """The next (B, *shape) numbers, float32 on the CPU."""
+        return torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators])
+
+
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normal (B, *shape) float32 on the CPU, one generator per seed.
 
     The numbers a diffusers pipeline draws with `generator=[torch.Generator().manual_seed(s) for s in seeds]`.
     """
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return SeededNoise(seeds)(shape)
 
 
 def register_backbone(network_class: str) -> Callable[[_Kind], _Kind]:

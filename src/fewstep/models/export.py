@@ -33,6 +33,7 @@ def save_student(
     grids: Sequence[Tensor],
     *,
     method: str,
+    eta: float = 1.0,
     form: Form = "pipeline",
     dtype: torch.dtype = torch.float32,
     details: Mapping[str, Any] | None = None,
@@ -49,6 +50,7 @@ def save_student(
         roles: over a pipeline backbone.
         grids: one time grid (K+1,) for each step count K the student is for.
         method: the method's name, for the card.
+        eta: share of its own noise that a step keeps, 1 or 0 (`choose_scheduler`).
         form: "lora" only for adapter roles that are not steps-aware.
         dtype: of the weights on disk, float32 or float16; the folder loads as float32 either way.
         details: more for `fewstep.json`, JSON-able (options, iterations, metrics).
@@ -67,7 +69,7 @@ def save_student(
             "safetensors yourself"
         )
     _check_form(form, roles)
-    sampling = choose_scheduler(backbone, [time_grids.validated(grid) for grid in grids])
+    sampling = choose_scheduler(backbone, [time_grids.validated(grid) for grid in grids], eta)
     start = sampling.start if form == "pipeline" else 1.0  # in the units of the process that the folder holds
     card: dict[str, Any] = {
         "format": CARD_FORMAT,
@@ -75,6 +77,7 @@ def save_student(
         "method": method,
         "teacher": _absolute(backbone.source),
         "steps_aware": roles.steps_aware,
+        "eta": eta,
         "grids": {str(len(grid) - 1): (grid / start).tolist() for grid in grids},
         "call": {str(count): call for count, call in sampling.calls.items()},
         "versions": _versions(),

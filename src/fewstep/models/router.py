@@ -208,7 +208,7 @@ class RoutedStudent(Student):
 
     @torch.no_grad()
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "ddim"
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "trained"
     ) -> Tensor:
         """Latents (B, ...) float32, each of the student of its prompt's part; as `Student.latents`."""
         if len(prompts) != len(seeds) or not prompts:

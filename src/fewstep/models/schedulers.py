@@ -18,13 +18,14 @@ from fewstep.core.process import DiscreteVP, Flow
 from fewstep.core.solvers import ddim
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
-from fewstep.models.backbone import Backbone
+from fewstep.models.backbone import Backbone, SeededNoise, seeded_noise
 
 _NOISE_SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr",
 )  # fmt: skip
 _TRAILING = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
+_RENOISING = {"clip_sample": False, "set_alpha_to_one": True}
 _TOLERANCE = 1e-4  # of the largest latent
 
 
@@ -39,7 +40,7 @@ class Sampling:
     """Time of the scheduler's last noise level: below 1 its process is the beginning of the teacher's."""
 
 
-def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor]) -> Sampling:
+def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor], eta: float = 1.0) -> Sampling:
     """A stock scheduler (flow students of PixArt: one of ours) with which the pipeline reproduces every grid.
 
     Schedulers that need no more than the step count come first, then those that must be handed the times in each call.
@@ -48,13 +49,21 @@ def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor]) -> Sampling:
     Args:
         backbone: the teacher.
         grids: one time grid (K+1,) per step count K (`core.grids`).
+        eta: share of its own noise that a step keeps: 1, or 0 (fresh noise at every step: LCMScheduler, with the noise
+            that the pipeline draws from its generator).
 
     Raises:
         FewstepError: none does; with the reason for each candidate.
     """
+    stochastic = eta != 1 and any(len(grid) > 2 for grid in grids)  # one call has nothing to renoise
+    if stochastic and (eta != 0 or not isinstance(backbone.process, DiscreteVP)):
+        raise FewstepError(
+            f"found eta = {eta} on the process {backbone.process.name}, expected 1, or 0 on a discrete process "
+            "(diffusers has no scheduler for others), fix: set eta to 1"
+        )
     reasons = []
-    for sampling in _candidates(backbone, grids):
-        problems = (_problem(backbone, sampling, grid) for grid in grids)
+    for sampling in _candidates(backbone, grids, stochastic):
+        problems = (_problem(backbone, sampling, grid, eta) for grid in grids)
         problem = next((problem for problem in problems if problem), None)
         if problem is None:
             fresh = type(sampling.scheduler).from_config(sampling.scheduler.config)
@@ -68,18 +77,29 @@ def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor]) -> Sampling:
     )
 
 
-def _candidates(backbone: Backbone, grids: Sequence[Tensor]) -> Iterator[Sampling]:
+def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -> Iterator[Sampling]:
     import diffusers
 
     counts = [len(grid) - 1 for grid in grids]
     by_count = {count: {"num_inference_steps": count} for count in counts}
     config = {key: value for key, value in backbone.pipeline.scheduler.config.items() if key in _NOISE_SCHEDULE}
-    if isinstance(backbone.process, DiscreteVP):
+    if isinstance(backbone.process, DiscreteVP) and stochastic:
+        levels = backbone.process.num_steps
+        yield Sampling(diffusers.LCMScheduler(**config, **_RENOISING, original_inference_steps=levels), by_count)
+        start = float(grids[0][0])
+        first = _first_levels(config, round(start * levels))
+        count = first["num_train_timesteps"]
+        yield Sampling(diffusers.LCMScheduler(**first, **_RENOISING, original_inference_steps=count), by_count, start)
+        times = {len(grid) - 1: backbone.process.network_time(grid[:-1]).round().long().tolist() for grid in grids}
+        in_full = {count: {"timesteps": times[count]} for count in counts}
+        yield Sampling(diffusers.LCMScheduler(**config, **_RENOISING, original_inference_steps=levels), in_full)
+    elif isinstance(backbone.process, DiscreteVP):
         yield Sampling(diffusers.DDIMScheduler(**config, **_TRAILING), by_count)
         first_order = {"solver_order": 1, "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
         yield Sampling(diffusers.DPMSolverMultistepScheduler(**config, **first_order), by_count)
         start = float(grids[0][0])
-        yield Sampling(_ddim_from(config, round(start * backbone.process.num_steps)), by_count, start)
+        first = _first_levels(config, round(start * backbone.process.num_steps))
+        yield Sampling(diffusers.DDIMScheduler(**first, **_TRAILING), by_count, start)
         times = {len(grid) - 1: backbone.process.network_time(grid[:-1]).round().long().tolist() for grid in grids}
         in_full = {count: {"timesteps": times[count]} for count in counts}
         yield Sampling(diffusers.DPMSolverMultistepScheduler(**config, **first_order), in_full)
@@ -94,16 +114,15 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor]) -> Iterator[Samplin
         yield Sampling(FlowMatchStepsScheduler(num_train_timesteps=scale, step_sigmas=named), by_count)
 
 
-def _ddim_from(config: dict[str, Any], levels: int) -> Any:
-    """DDIM on the first `levels` noise levels only, as if the process ended there: for grids that start below 1."""
+def _first_levels(config: dict[str, Any], levels: int) -> dict[str, Any]:
+    """The noise schedule's first `levels` levels only, as if the process ended there: for grids that start below 1."""
     from diffusers import DDIMScheduler
 
     betas = DDIMScheduler(**config).betas[:levels].tolist()
-    config = config | {"num_train_timesteps": levels, "trained_betas": betas, "rescale_betas_zero_snr": False}
-    return DDIMScheduler(**config, **_TRAILING)
+    return config | {"num_train_timesteps": levels, "trained_betas": betas, "rescale_betas_zero_snr": False}
 
 
-def _problem(backbone: Backbone, sampling: Sampling, grid: Tensor) -> str | None:
+def _problem(backbone: Backbone, sampling: Sampling, grid: Tensor, eta: float) -> str | None:
     """What is wrong with a candidate on one grid; None if nothing is."""
     process, asked = backbone.process, []
 
@@ -119,14 +138,16 @@ def _problem(backbone: Backbone, sampling: Sampling, grid: Tensor) -> str | None
         output = predict(x, process.network_time(t))
         return to_denoised(backbone.prediction, output, x, process.alpha(t), process.sigma(t))
 
-    noise = torch.randn(1, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    noise = seeded_noise([0], backbone.latent_shape).to(backbone.device)
+    call = sampling.calls[len(grid) - 1] | {"generator": torch.Generator().manual_seed(1)}
     try:
-        theirs = backbone.run_pipeline(recorded, sampling.scheduler, noise, **sampling.calls[len(grid) - 1])
+        theirs = backbone.run_pipeline(recorded, sampling.scheduler, noise, **call)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         return f"the pipeline cannot drive it for {len(grid) - 1} steps ({error})"
     wanted = process.network_time(grid[:-1]).tolist()
     if len(asked) != len(wanted) or any(abs(a - b) > 1e-3 for a, b in zip(asked, wanted, strict=True)):
         return f"calls the network at {asked} and not at {[round(time, 3) for time in wanted]}"
-    ours = ddim(denoise, noise * process.noise_scale, grid, process, {})
+    fresh = SeededNoise([1])
+    ours = ddim(denoise, noise * process.noise_scale, grid, process, {}, eta=eta, noise=lambda _, shape: fresh(shape))
     distance = float((ours - theirs).abs().max() / ours.abs().max())
     return f"lands {distance:.1e} of the latents' range away" if distance > _TOLERANCE else None

@@ -14,7 +14,7 @@ from fewstep.core import grids as time_grids
 from fewstep.core.solvers import SOLVERS
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
-from fewstep.models.backbone import Backbone, load_backbone, seeded_noise
+from fewstep.models.backbone import Backbone, SeededNoise, load_backbone
 from fewstep.models.export import CARD, CARD_FORMAT
 from fewstep.models.roles import STUDENT
 
@@ -31,13 +31,20 @@ class Student:
         grids: time grid (K+1,) for each step count K it is for.
         steps_aware: whether it is told K.
         card: what `fewstep.json` says.
+        eta: share of its own noise that a step keeps: 1, or 0 for fresh noise at every step.
     """
 
     def __init__(
-        self, backbone: Backbone, network: nn.Module, grids: dict[int, Tensor], steps_aware: bool, card: dict[str, Any]
+        self,
+        backbone: Backbone,
+        network: nn.Module,
+        grids: dict[int, Tensor],
+        steps_aware: bool,
+        card: dict[str, Any],
+        eta: float = 1.0,
     ) -> None:
         self.backbone, self.network, self.grids, self.card = backbone, network, grids, card
-        self.steps_aware = steps_aware
+        self.steps_aware, self.eta = steps_aware, eta
 
     def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """x (B, ...) at t (B,) -> denoised; one network call."""
@@ -45,7 +52,7 @@ class Student:
 
     @torch.no_grad()
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "ddim"
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "trained"
     ) -> Tensor:
         """Latents (B, ...) float32 for prompts and seeds of equal number, in `steps` network calls; see `sample`."""
         grid = self._grid(steps)
@@ -54,17 +61,19 @@ class Student:
                 f"found {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt, "
                 "fix: repeat the shorter"
             )
-        if solver not in SOLVERS or solver == "lcm":
+        if solver == "trained":
+            solver = "ddim" if self.eta == 1 else "lcm"
+        if solver not in SOLVERS:
             raise FewstepError(
-                f"found solver {solver!r}, expected one of {sorted(SOLVERS.keys() - {'lcm'})}, fix: 'ddim' is what "
-                "students are trained with"
+                f"found solver {solver!r}, expected 'trained' or one of {sorted(SOLVERS)}, fix: leave it out"
             )
         condition = self.backbone.encode(prompts)
         if self.steps_aware:
             condition["steps"] = torch.full((len(prompts),), float(len(grid) - 1), device=self.backbone.device)
-        noise = seeded_noise(seeds, self.backbone.latent_shape).to(self.backbone.device)
-        process = self.backbone.process
-        return SOLVERS[solver](self.denoise, noise * process.noise_scale, grid, process, condition)
+        numbers, process = SeededNoise(seeds), self.backbone.process
+        noise = numbers(self.backbone.latent_shape).to(self.backbone.device)
+        more = {"noise": lambda _, shape: numbers(shape)} if solver == "lcm" else {}
+        return SOLVERS[solver](self.denoise, noise * process.noise_scale, grid, process, condition, **more)
 
     def sample(
         self,
@@ -72,7 +81,7 @@ class Student:
         seeds: Sequence[int],
         steps: int | None = None,
         *,
-        solver: str = "ddim",
+        solver: str = "trained",
         batch: int = 32,
     ) -> Tensor:
         """Images (B, 3, H, W) uint8 on the CPU.
@@ -81,7 +90,7 @@ class Student:
             prompts: B prompts.
             seeds: B seeds; a seed gives the noise that the diffusers pipeline draws with a generator of that seed.
             steps: network calls, one of `self.grids`; the largest unless told.
-            solver: "ddim" (as trained), "dpmpp_2m", or "heun" (2K - 1 calls).
+            solver: as `trained`, or "ddim", "lcm" (fresh noise at every step), "dpmpp_2m", "heun" (2K - 1 calls).
             batch: how many at a time.
         """
         parts = []
@@ -124,7 +133,7 @@ def load_student(
     else:
         backbone = load_backbone(card["teacher"], dtype=dtype, device=device)
         network = _with_lora(backbone.network, folder).to(device)
-    return Student(backbone, network, grids, card["steps_aware"], card)
+    return Student(backbone, network, grids, card["steps_aware"], card, float(card.get("eta", 1)))
 
 
 def _read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
