@@ -270,7 +270,7 @@ def chain(options: SiDOptions, roles: WatchedRoles) -> tuple[DrawnPath, list[Ten
 def test_times_are_those_of_the_card() -> None:
     """T7."""
     assert SiDOptions().time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    assert SiDOptions(start=0.625).time_grid(1).tolist() == [0.625, 0]
+    assert SiDOptions(start_time=0.625).time_grid(1).tolist() == [0.625, 0]
 
 
 def test_without_new_noise_the_chain_is_the_deterministic_sampler() -> None:
@@ -584,7 +584,7 @@ def test_every_option_is_documented() -> None:
         ({}, {"tau_law": "uniform"}),
         ({}, {"logit_mean": 0.0}),
         ({}, {"logit_std": 1.0}),
-        ({}, {"start": 0.7}),
+        ({}, {"start_time": 0.7}),
         ({}, {"steps": 3}),
         ({}, {"tau_min": 0.3}),
         ({}, {"margin": 0.1}),

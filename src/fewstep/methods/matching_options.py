@@ -48,7 +48,7 @@ class MatchingOptions:
     """Tell K to student and critic; a student that is not told cannot serve two step counts (card tdm 8.2, item 10)."""
     shift: float = 1.0
     """Shift of the time grid and of un-shifted time, above 0; 1 is uniform, 3 usual for flows."""
-    start: float = 1.0
+    start_time: float = 1.0
     """Time of the first call, in (0, 1]; pure noise is taken for the law there (TDM's demo: 0.9)."""
     grid: tuple[float, ...] = ()
     """Times of the K calls, falling, within (0, 1], instead of the uniform or shifted grid; for a single step count."""
@@ -117,7 +117,7 @@ class MatchingOptions:
 
     def time_grid(self, steps: int) -> Tensor:
         """The K+1 times of a student with `steps` calls, float64 (`core.grids`)."""
-        return grids.explicit(self.grid) if self.grid else grids.shifted(steps, self.shift, self.start)
+        return grids.explicit(self.grid) if self.grid else grids.shifted(steps, self.shift, self.start_time)
 
     def build(self) -> Method:
         """The method with these settings."""
@@ -150,7 +150,8 @@ class MatchingOptions:
         require(self.ratio_bins >= 1, "ratio_bins", self.ratio_bins, "1 or more", "use 10")
         low, high = self.ratio_clip
         require(0 < low < 1 < high, "ratio_clip", self.ratio_clip, "numbers below and above 1", "use (0.1, 20)")
-        require(0 < self.start <= 1, "start", self.start, "a time in (0, 1]", "1 starts at the last noise level")
+        start = self.start_time
+        require(0 < start <= 1, "start_time", start, "a time in (0, 1]", "1 starts at the last noise level")
         require(0 <= self.eta <= 1, "eta", self.eta, "a number in [0, 1]", "1 is the deterministic path")
         require(0 <= self.tau_min < 1, "tau_min", self.tau_min, "a time in [0, 1)", "use 0.02")
         require(0 <= self.margin < 0.5, "margin", self.margin, "a number in [0, 0.5)", "use 0.01")
@@ -169,9 +170,11 @@ class MatchingOptions:
                 "one time per call of a single step count",
                 "set steps to the grid's length, or use shift instead of a grid",
             )
-        if self.grid and self.start != 1:
+        if self.grid and self.start_time != 1:
             raise contradiction(
-                f"start {self.start} with a grid written out", "the start as the grid's first time", "leave start at 1"
+                f"start_time {self.start_time} with a grid written out",
+                "the start as the grid's first time",
+                "leave start_time at 1",
             )
 
     def _validate_terms(self) -> None:

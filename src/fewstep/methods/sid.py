@@ -48,7 +48,7 @@ _UNREAD += ["divergence", "ratio_clip", "ratio_bins"]
 class SiDOptions(MatchingOptions):
     """Settings of few-step SiD: those of all matching methods, with its own defaults, and its own.
 
-    They are SiD-DiT's, without guidance; for that see the presets below. `start` is the paper's t_init (0.625 for
+    They are SiD-DiT's, without guidance; for that see the presets below. `start_time` is the paper's t_init (0.625 for
     Stable Diffusion), with noise of standard deviation 1 there (the paper: sigma of that time). Losses are means over
     elements, so `gan_weight` is lambda_adv / lambda_S: 0.01 in SiD-DiT's code, 0.001 reported of the paper.
     """
