@@ -19,7 +19,7 @@ from fewstep.commands.common import choose_device, parse
 from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import Entry, compare, default_prompts
 
-SETTINGS = ("--roles", "copies", "--schedule", "cosine", "--start", "0.8")
+SETTINGS = ("--roles", "copies", "--schedule", "cosine", "--start-time", "0.8")
 """What the table of runs chose for the embedded teacher (docs/findings/embedded-students.md)."""
 
 

@@ -47,7 +47,7 @@ class TDMOptions:
     """Tell K to student and critic; a student that is not told cannot serve two step counts (card 8.2, item 10)."""
     shift: float = 1.0
     """Shift of the time grid and of un-shifted time, above 0; 1 is uniform (paper), 3 usual for flows (TDM-R1)."""
-    start: float = 1.0
+    start_time: float = 1.0
     """Time of the first call, in (0, 1]; pure noise is taken for the law there (paper: 1; demo: 0.9)."""
     grid: tuple[float, ...] = ()
     """Times of the K calls, falling, within (0, 1], instead of the uniform or shifted grid; for a single step count."""
@@ -111,7 +111,7 @@ class TDMOptions:
 
     def time_grid(self, steps: int) -> Tensor:
         """The K+1 times of a student with `steps` calls, float64 (`core.grids`)."""
-        return grids.explicit(self.grid) if self.grid else grids.shifted(steps, self.shift, self.start)
+        return grids.explicit(self.grid) if self.grid else grids.shifted(steps, self.shift, self.start_time)
 
     def build(self) -> TDM:
         """The method with these settings."""
@@ -141,7 +141,8 @@ class TDMOptions:
         for name in ("teacher_regularisation", "guidance_scale"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more", "leave it at its default")
         _require(self.critic_updates >= 1, "critic_updates", self.critic_updates, "1 or more", "use 1 to 5")
-        _require(0 < self.start <= 1, "start", self.start, "a time in (0, 1]", "1 starts at the last noise level")
+        start = self.start_time
+        _require(0 < start <= 1, "start_time", start, "a time in (0, 1]", "1 starts at the last noise level")
         _require(0 <= self.eta <= 1, "eta", self.eta, "a number in [0, 1]", "1 is the deterministic path")
         _require(0 <= self.tau_min < 1, "tau_min", self.tau_min, "a time in [0, 1)", "use 0.02")
         _require(0 <= self.margin < 0.5, "margin", self.margin, "a number in [0, 0.5)", "use 0.01")
@@ -160,9 +161,11 @@ class TDMOptions:
                 "one time per call of a single step count",
                 "set steps to the grid's length, or use shift instead of a grid",
             )
-        if self.grid and self.start != 1:
+        if self.grid and self.start_time != 1:
             raise _contradiction(
-                f"start {self.start} with a grid written out", "the start as the grid's first time", "leave start at 1"
+                f"start_time {self.start_time} with a grid written out",
+                "the start as the grid's first time",
+                "leave start_time at 1",
             )
         if self.segments == "all" and any(max(counts) % count for count in counts):
             raise _contradiction(
