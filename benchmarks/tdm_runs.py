@@ -22,16 +22,23 @@ from fewstep.evaluation.run import evaluate_scenes, record
 from fewstep.methods import preset
 from fewstep.training.options import TrainOptions
 
-COPIES = {"roles": "copies"}
-COPY_RATES = {"student_rate": 2e-5, "critic_rate": 1e-4}
+BASE: dict[str, Any] = {
+    "method": {"start_time": 0.8},
+    "roles": {"roles": "copies"},
+    "train": {"schedule": "cosine"},
+}
+"""What all runs share unless they say otherwise."""
 RUNS: dict[str, dict[str, Any]] = {
     "default": {},
+    "first call at 1": {"method": {"start_time": 1.0}},
+    "loss on denoised": {"method": {"loss_on": "denoised"}},
     "critic target denoised": {"method": {"critic_target": "denoised"}},
     "tau to T": {"method": {"tau_range": "to_T"}},
     "huber elementwise": {"method": {"metric": "huber_elementwise"}},
     "huber vector, no normaliser": {"method": {"metric": "huber_vector", "huber_c": 0.00054, "normaliser": "none"}},
     "no normaliser": {"method": {"normaliser": "none"}},
-    "copies": {"roles": COPIES, "train": COPY_RATES},
+    "adapters": {"roles": {"roles": "adapters"}, "train": {"student_rate": 4e-4, "critic_rate": 1.6e-3}},
+    "constant rates": {"train": {"schedule": "constant"}},
     "critic updates 3": {"method": {"critic_updates": 3}},
     "guidance 2": {"method": {"guidance_scale": 2.0}},
     "paper": {"preset": "tdm-paper"},
@@ -44,7 +51,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def run(name: str, args: argparse.Namespace) -> None:
     """Train and evaluate one run; its numbers go to OUT/NAME.json."""
-    changes = RUNS[name]
+    changes: dict[str, Any] = RUNS[name]
+    parts = {part: {**shared, **changes.get(part, {})} for part, shared in BASE.items()}
     folder = args.out / name.replace(" ", "-").replace(",", "")
     iterations = args.iterations * changes.get("times", 1)
     train = {
@@ -54,10 +62,10 @@ def run(name: str, args: argparse.Namespace) -> None:
     start = time.perf_counter()
     student = distill(
         load_teacher("emoji", device=choose_device(args.device)),
-        replace(preset(changes.get("preset", "tdm")), **changes.get("method", {})),  # type: ignore[type-var]
+        replace(preset(changes.get("preset", "tdm")), **parts["method"]),  # type: ignore[type-var]
         out=folder,
-        roles=RoleOptions(**changes.get("roles", {})),
-        train_options=TrainOptions(**{**train, **changes.get("train", {})}),
+        roles=RoleOptions(**parts["roles"]),
+        train_options=TrainOptions(**{**train, **parts["train"]}),
         resume=True,
     )
     seconds = time.perf_counter() - start
@@ -66,7 +74,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     curve = {line["iteration"]: {k: v for k, v in line.items() if k.startswith("evaluate/")} for line in lines}
     curve = {iteration: values for iteration, values in curve.items() if values}
     settings = {"iterations": iterations, "batch": args.batch, "seed": args.seed, "device": args.device}
-    result = {"name": name, "changes": changes, **settings, "seconds": seconds, "scores": scores, "curve": curve}
+    result = {"name": name, "changes": parts, **settings, "seconds": seconds, "scores": scores, "curve": curve}
     folder.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 

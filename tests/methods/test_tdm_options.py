@@ -59,7 +59,7 @@ def test_grids() -> None:
         TDMOptions(shift=3.0).time_grid(4), torch.tensor([1, 0.9, 0.75, 0.5, 0], dtype=torch.float64)
     )
     torch.testing.assert_close(
-        TDMOptions(start=0.8).time_grid(4), torch.tensor([0.8, 0.6, 0.4, 0.2, 0], dtype=torch.float64)
+        TDMOptions(start_time=0.8).time_grid(4), torch.tensor([0.8, 0.6, 0.4, 0.2, 0], dtype=torch.float64)
     )
     written = TDMOptions(steps=2, grid=(0.9, 0.45))
     torch.testing.assert_close(written.time_grid(2), torch.tensor([0.9, 0.45, 0], dtype=torch.float64))
@@ -74,9 +74,9 @@ def test_grids() -> None:
         ({"step_counts": (4, 4)}, "each once"),
         ({"steps_condition": True}, "steps_condition without step_counts"),
         ({"grid": (1.0, 0.5)}, "grid of 2 calls"),
-        ({"steps": 2, "grid": (0.9, 0.45), "start": 0.9}, "start 0.9 with a grid written out"),
-        ({"start": 0.0}, "start = 0.0"),
-        ({"start": 1.1}, "start = 1.1"),
+        ({"steps": 2, "grid": (0.9, 0.45), "start_time": 0.9}, "start_time 0.9 with a grid written out"),
+        ({"start_time": 0.0}, "start_time = 0.0"),
+        ({"start_time": 1.1}, "start_time = 1.1"),
         ({"grid": (1.0, 0.5, 0.7, 0.2)}, "strictly falling"),
         ({"shift": 0.0}, "shift = 0.0, expected a number above 0"),
         ({"shift": float("nan")}, "shift = nan"),

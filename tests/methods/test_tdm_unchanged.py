@@ -63,7 +63,7 @@ def losses(options: Options) -> torch.Tensor:
 
 
 OTHER: dict[str, Any] = {
-    "steps": 2, "step_counts": (2, 4), "shift": 3.0, "start": 0.8, "grid": (0.9, 0.7, 0.5, 0.2), "eta": 0.8,
+    "steps": 2, "step_counts": (2, 4), "shift": 3.0, "start_time": 0.8, "grid": (0.9, 0.7, 0.5, 0.2), "eta": 0.8,
     "tau_range": "to_T", "tau_law": "logit_normal", "tau_min": 0.1, "margin": 0.05, "landing": "random",
     "segments": "all", "critic_target": "denoised", "critic_weight": "one", "snr_cap": 0.5,
     "teacher_regularisation": 0.1, "guidance_scale": 1.0, "normaliser": "none", "metric": "huber_vector",

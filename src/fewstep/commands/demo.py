@@ -19,6 +19,9 @@ from fewstep.commands.common import choose_device, parse
 from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import Entry, compare, default_prompts
 
+SETTINGS = ("--roles", "copies", "--schedule", "cosine", "--start-time", "0.8")
+"""What the table of runs chose for the embedded teacher (docs/findings/embedded-students.md)."""
+
 
 @dataclass(kw_only=True)
 class Demo:
@@ -26,7 +29,7 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Run folder; run again to continue an interrupted demo."""
-    iterations: int = 100
+    iterations: int = 150
     """Iterations of the distillation."""
     scores: int = 256
     """Images per candidate for the scores, 16 or more; 0: none."""
@@ -72,7 +75,7 @@ def main(arguments: list[str]) -> None:
 def _distill(args: Demo, processes: int, device: torch.device) -> None:
     words = [
         "distill", "tdm-unify", "--out", str(args.out), "--iterations", str(args.iterations), "--resume",
-        "--checkpoint-every", "25", "--log-every", "1", "--keep", "1", "--device", device.type,
+        "--checkpoint-every", "25", "--log-every", "1", "--keep", "1", "--device", device.type, *SETTINGS,
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if processes > 1 else dict(os.environ)

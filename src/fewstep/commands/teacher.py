@@ -65,7 +65,7 @@ class Table:
     """`emoji` or a pipeline folder of the same data set."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50)
     """Solver steps."""
-    scales: tuple[float, ...] = (1.0, 3.0)
+    scales: tuple[float, ...] = (1.0, 3.5)
     """Guidance scales; 1 means none."""
     count: int = 256
     """Images per row."""

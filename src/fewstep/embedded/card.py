@@ -20,7 +20,7 @@ words for them, no others.
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("emoji-teacher")
-pipeline("a 3d frog on a blue background", num_inference_steps=50, guidance_scale=3, use_resolution_binning=False)
+pipeline("a 3d frog on a blue background", num_inference_steps=50, guidance_scale=3.5, use_resolution_binning=False)
 ```
 
 **Data.** Scenes rendered on the fly from {sprites} drawings: one of {things} things, in one of {styles} styles

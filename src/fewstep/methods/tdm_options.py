@@ -105,8 +105,8 @@ class TDMOptions(MatchingOptions):
 
 
 def tdm() -> TDMOptions:
-    """Our default: 4 steps, exact critic target."""
-    return TDMOptions()
+    """Our default: 4 steps, exact critic target, loss on the landing point."""
+    return TDMOptions(loss_on="landing")
 
 
 def tdm_paper() -> TDMOptions:
@@ -123,4 +123,4 @@ def tdm_paper() -> TDMOptions:
 
 def tdm_unify() -> TDMOptions:
     """One student for 1, 2, 4 and 8 steps, told how many (paper: 1, 2, 4)."""
-    return TDMOptions(step_counts=(1, 2, 4, 8), steps_condition=True)
+    return TDMOptions(step_counts=(1, 2, 4, 8), steps_condition=True, loss_on="landing")

@@ -24,7 +24,7 @@ class Teacher:
         guidance_scale: guidance unless told otherwise; 1 means none.
     """
 
-    def __init__(self, backbone: Backbone, steps: int = 50, guidance_scale: float = 3.0) -> None:
+    def __init__(self, backbone: Backbone, steps: int = 50, guidance_scale: float = 3.5) -> None:
         self.backbone, self.steps, self.guidance_scale = backbone, steps, guidance_scale
 
     def calls(self, steps: int | None = None, guidance_scale: float | None = None) -> int:
