@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
 from fewstep.training.loop import Hooks, train
 from fewstep.training.options import TrainOptions
+from fewstep.training.parallel import process_group
 
 EMOJI = "emoji"
 """The name of the embedded teacher."""
@@ -117,21 +117,23 @@ def distill(
         hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0)
     kept = {name: value for name, value in asdict(roles).items() if name != "checkpointing"}  # changes memory only
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
-    result = train(
-        recipe,
-        seats,
-        PromptData(backbone.encode, texts, train_options.seed),
-        train_options,
-        out,
-        hooks,
-        noise_shape=backbone.latent_shape,
-        configuration=configuration,
-        resume=resume,
-    )
     folder = Path(out) / STUDENT_FOLDER
-    if int(os.environ.get("RANK", 0)) == 0:
-        with result.ema.applied():
-            export(seats, options, folder, {"iterations": result.iteration, **configuration})
+    with process_group(backbone.device) as group:
+        result = train(
+            recipe,
+            seats,
+            PromptData(backbone.encode, texts, train_options.seed),
+            train_options,
+            out,
+            hooks,
+            noise_shape=backbone.latent_shape,
+            configuration=configuration,
+            resume=resume,
+        )
+        if group.leads:
+            with result.ema.applied():
+                export(seats, options, folder, {"iterations": result.iteration, **configuration})
+        group.wait()  # the others load what the first has written
     return load_student(folder)
 
 
