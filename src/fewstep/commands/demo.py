@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     _say("sampling teacher and student, and scoring them")
     teacher, student = load_teacher(EMOJI, device=device), load_student(args.out / STUDENT_FOLDER, device=device)
     entries = [Entry(f"teacher, {steps} steps", teacher, steps) for steps in (50, 8, 4)]
-    entries += [Entry(f"student, {steps} step{'s' * (steps > 1)}", student, steps) for steps in (1, 2, 4, 8)]
+    entries += [Entry(f"student, {steps} step{'s' * (steps > 1)}", student, steps) for steps in (1, 2, 8, 4)]
     prompts = default_prompts(12)
     page, picture = compare(
         entries,
