@@ -28,7 +28,7 @@ Check = Callable[[], Iterator[Answer]]
 
 
 def quick_checks() -> dict[str, Check]:
-    """The known answers that continuous integration runs, by name: two to three minutes on one core."""
+    """The known answers that continuous integration runs, by name: about four minutes on one core."""
     flow, vp, cosine = Flow(), DiscreteVP.linear(), DiscreteVP.cosine()
     checks: dict[str, Check] = {}
     named: dict[str, Process] = {"flow": flow, "vp": vp, "cosine vp": cosine}
@@ -75,7 +75,7 @@ def _cells(flow: Process, vp: Process) -> list[tuple[str, Process, int, CriticTa
 def run_known_answers(full: bool = False) -> Iterator[Answer]:
     """Every known answer in turn, each yielded as soon as it is measured.
 
-    About three minutes on one core; `full` adds some twenty.
+    About four minutes on one core; `full` adds some twenty.
     """
     for check in (quick_checks() | (full_checks() if full else {})).values():
         yield from check()
