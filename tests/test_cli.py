@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,28 @@ def test_a_run_leaves_log_sample_grid_checkpoint_and_student(run: Path) -> None:
     card = json.loads((run / "student" / "fewstep.json").read_text())
     assert card["method"] == "tdm"
     assert card["grids"] == {"4": [1.0, 0.75, 0.5, 0.25, 0.0]}
+
+
+def test_two_processes_end_with_one_student(tmp_path: Path, tiny_teacher: Path, prompts: Path) -> None:
+    """The second process must not look for the student before the first has written it; torchrun keeps our options."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fewstep"]
+    words = [
+        "distill",
+        "tdm",
+        "--teacher",
+        str(tiny_teacher),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        [*launcher, *words, *QUICK, "--start-time", "0.8"],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "student" / "fewstep.json").is_file()
+    assert done.stderr.count("student: ") == 1
 
 
 def test_sample_and_compare_use_the_student(run: Path, prompts: Path, tmp_path: Path, tiny_teacher: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
 from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.options import TrainOptions
+from fewstep.training.parallel import process_group
 
 EMOJI = "emoji"
 """The name of the embedded teacher."""
@@ -143,23 +143,25 @@ def distill(
     if needs.discriminator:
         kept["discriminator"] = features
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
-    result = train(
-        recipe,
-        seats,
-        PromptData(backbone.encode, texts, train_options.seed),
-        train_options,
-        out,
-        hooks,
-        noise_shape=backbone.latent_shape,
-        real=real,
-        pairs=pairs,
-        configuration=configuration,
-        resume=resume,
-    )
     folder = Path(out) / STUDENT_FOLDER
-    if int(os.environ.get("RANK", 0)) == 0:
-        with result.ema.applied():
-            export(seats, options, folder, {"iterations": result.iteration, **configuration})
+    with process_group(backbone.device) as group:
+        result = train(
+            recipe,
+            seats,
+            PromptData(backbone.encode, texts, train_options.seed),
+            train_options,
+            out,
+            hooks,
+            noise_shape=backbone.latent_shape,
+            real=real,
+            pairs=pairs,
+            configuration=configuration,
+            resume=resume,
+        )
+        if group.leads:
+            with result.ema.applied():
+                export(seats, options, folder, {"iterations": result.iteration, **configuration})
+        group.wait()  # the others load what the first has written
     return load_student(folder)
 
 

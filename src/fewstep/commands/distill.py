@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -57,4 +58,5 @@ def main(arguments: list[str]) -> None:
         train_options=args.train,
         resume=run.resume,
     )
-    print(f"student: {run.out / STUDENT_FOLDER}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"student: {run.out / STUDENT_FOLDER}", file=sys.stderr)
