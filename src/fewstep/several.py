@@ -50,6 +50,7 @@ from fewstep.models.student import ROUTER, Student, load_student
 from fewstep.models.teacher import Teacher
 from fewstep.training.loop import Hooks, RealData
 from fewstep.training.options import TrainOptions
+from fewstep.training.parallel import process_group
 from fewstep.training.phases import State, Turn, train_in_turn
 
 
@@ -284,8 +285,10 @@ def _by_stage(
 
 def _saved(seats: Any, options: Options, folder: Path, details: dict[str, Any]) -> Student:
     """The student on disk, loaded."""
-    if _leads():
-        export(seats, options, folder / STUDENT_FOLDER, details)
+    with process_group(seats.backbone.device) as group:
+        if group.leads:
+            export(seats, options, folder / STUDENT_FOLDER, details)
+        group.wait()  # the others load what the first has written
     return load_student(folder / STUDENT_FOLDER)
 
 

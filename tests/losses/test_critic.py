@@ -122,7 +122,7 @@ def test_critic_loss_gives_no_gradient_to_its_target() -> None:
 
 def test_unknown_names_are_refused() -> None:
     zero, tau = torch.zeros(1), torch.full((1,), 0.5)
-    with pytest.raises(FewstepError, match="critic weight 'snr'"):
-        critic_weight("snr", Flow(), zero, tau)  # type: ignore[arg-type]
+    with pytest.raises(FewstepError, match="critic weight 'eps'"):
+        critic_weight("eps", Flow(), zero, tau)  # type: ignore[arg-type]
     with pytest.raises(FewstepError, match="importance 'all'"):
         importance_weight("all", Flow(), torch.ones(1, 2), torch.ones(1, 2), zero, tau)  # type: ignore[arg-type]
