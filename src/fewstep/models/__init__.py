@@ -12,6 +12,8 @@ _HOME = {
     "register_backbone": "backbone",
     "seeded_noise": "backbone",
     "FunctionTeacher": "function_teacher",
+    "Recipe": "recipes",
+    "Setting": "recipes",
     "Roles": "roles",
     "build_roles": "roles",
     "Sampling": "schedulers",

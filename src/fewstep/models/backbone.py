@@ -5,14 +5,21 @@ the network is called, what it predicts, how prompts are encoded, which layers t
 integer timesteps, learned variances and text masks; outside, `call(network, x, t, condition) -> denoised` with t in [0,
 1].
 
-**A new family** is a subclass of `Backbone` with its abstract methods (see `pixart.py`), registered by the class name
-that `model_index.json` gives its network:
+**A new family** is a subclass of `Backbone` with its abstract methods (see `stable_diffusion_3.py`; pieces that several
+families need are in `pipelines.py`), registered by the class name that `model_index.json` gives its network, or its
+pipeline where networks of one class serve several families:
 
     from fewstep.models import Backbone, register_backbone
 
-    @register_backbone("SD3Transformer2DModel")
-    class SD3(Backbone):
+    @register_backbone("MyTransformer2DModel")
+    class Mine(Backbone):
         ...
+
+In Python it is enough to import that module before `load_teacher`. For the command line a package of yours names the
+adapter as an entry point, which is loaded when a folder names its class (docs/backbones.md):
+
+    [project.entry-points."fewstep.backbones"]
+    MyTransformer2DModel = "my_package.mine:Mine"
 
 Weights are read from safetensors only, and code that lies in a folder is never run.
 """
@@ -24,21 +31,29 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.core import grids
 from fewstep.core.process import Process, process_from_scheduler
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
+from fewstep.models.pipelines import rebuilt, stand_in
 from fewstep.models.quiet import quiet_libraries
+from fewstep.models.recipes import Recipe
 
 BACKBONES: dict[str, type[Backbone]] = {}
-"""Adapters by the class name of the network in `model_index.json`; filled by `register_backbone`."""
+"""Adapters by the class name of the pipeline or network in `model_index.json`; filled by `register_backbone`."""
 
-_LIBRARIES = ("diffusers", "transformers")
+ENTRY_POINTS = "fewstep.backbones"
+"""Group of the entry points by which other packages name adapters; each is called as its network or pipeline."""
+
+_FAMILIES = ("pixart",)  # modules beside this one whose import registers adapters
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: a package in diffusers, for safety checkers
 _OWN_LIBRARIES = (
     "fewstep.models.steps_aware", "fewstep.models.flow_scheduler", "fewstep.models.expert_networks",
 )  # fmt: skip
@@ -58,12 +73,28 @@ class Backbone(ABC):
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
     """Where not empty: the pipelines this adapter imitates; others are refused."""
 
+    network_name: ClassVar[str] = "transformer"
+    """Name of the network among the pipeline's parts."""
+
+    recipe: ClassVar[Recipe] = Recipe()
+    """What the family is distilled with unless the user says otherwise."""
+
+    teacher_steps: ClassVar[int] = 50
+    """Steps of the teacher unless told otherwise."""
+
+    teacher_guidance: float = 3.5
+    """Guidance scale of the teacher unless told otherwise, 1 for none."""
+
+    embedded_guidance: float | None = None
+    """Where not None: the guidance scale that the network itself is told, by all roles and in every call, because
+    classifier-free guidance was distilled into it (FLUX.1-dev, LCM). `teacher_guidance` then is 1."""
+
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""
 
     def __init__(self, pipeline: Any, source: str) -> None:
         self.pipeline, self.source = pipeline, source
-        self.network: nn.Module = pipeline.transformer.requires_grad_(False).eval()
+        self.network: nn.Module = getattr(pipeline, self.network_name).requires_grad_(False).eval()
         """The teacher's network. Shared, never trained: see `fewstep.models.roles` for what is."""
         for part in self.pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -101,24 +132,49 @@ class Backbone(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, *latent_shape) -> images (B, 3, H, W) uint8 on the CPU, the very pixels the pipeline returns."""
 
-    @abstractmethod
     def steps_aware(self) -> nn.Module:
-        """The network as its steps-aware kind, sharing the teacher's weights; new weights make no difference yet."""
+        """The network as its steps-aware kind, sharing the teacher's weights; new weights make no difference yet.
 
-    @abstractmethod
+        Raises:
+            FewstepError: the family has no such kind, as all but PixArt.
+        """
+        raise FewstepError(
+            f"found a {type(self.network).__name__} that is to be told its step count or landing time, expected a "
+            "family with a steps-aware network (PixArt), fix: choose a method for a single step count (tdm instead of "
+            "tdm-unify) and leave steps_condition and critic_call_condition off"
+        )
+
     def pipeline_with(self, network: nn.Module, scheduler: Any) -> Any:
         """A pipeline of the teacher's other parts around a student's plain or steps-aware `network`."""
+        return rebuilt(self.pipeline, **{self.network_name: network, "scheduler": scheduler})
+
+    def teacher_grid(self, steps: int) -> Tensor:
+        """The time grid (steps + 1,) on which the family's own pipeline samples the teacher, shift included."""
+        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process)
+
+    @property
+    def student_call(self) -> dict[str, Any]:
+        """Arguments, besides prompt and steps, with which the stock pipeline samples a student at its own size."""
+        return {"guidance_scale": self.embedded_guidance or 1}
 
     @abstractmethod
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
         """Latents that the family's own pipeline makes of `noise`, with `predict` in place of its network.
 
         Args:
-            predict: (x (B, *latent_shape), network time (B,)) -> what a network would predict, of the shape of x.
+            predict: (x (B, *latent_shape), `process.network_time` (B,)) -> what `prediction` says a network would
+                predict, of the shape of x. Where the family's own network is called by other numbers or returns another
+                sign, the stand-in converts.
             scheduler: drives the pipeline.
             noise: (B, *latent_shape) standard normal.
             call: arguments of the pipeline's call, such as num_inference_steps.
         """
+
+    def stock_pipeline(self, forward: Callable[..., tuple[Tensor]], scheduler: Any) -> Any:
+        """The teacher's pipeline, silent, with the function `forward` in place of its network's: for `run_pipeline`."""
+        pipeline = self.pipeline_with(stand_in(self.network, forward), scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     @classmethod
     def pipeline_class(cls, name: str) -> Any:
@@ -136,14 +192,18 @@ class Backbone(ABC):
     def tapped_blocks(self, network: nn.Module) -> list[nn.Module]:
         """The modules of `network` (the teacher's or one of its kind) whose features a discriminator reads.
 
-        In the order of their calls; each returns tokens (B, N, C) of the width C of its layer norm. An adapter that
-        does not say so has no discriminators.
+        In the order of their calls; `block_tokens` makes tokens of what they return. An adapter that does not say so
+        has no discriminators.
         """
         raise FewstepError(
             f"found {type(self).__name__}, which does not say where its features are, expected tapped_blocks and "
             "feature_width in the adapter, fix: write them (see fewstep.models.pixart), or choose a method without a "
             "discriminator"
         )
+
+    def block_tokens(self, output: Any) -> Tensor:
+        """What a tapped block returned as tokens (B, N, C) of the width C of `feature_width`."""
+        return output
 
     @property
     def feature_width(self) -> int:
@@ -197,11 +257,14 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return SeededNoise(seeds)(shape)
 
 
-def register_backbone(network_class: str) -> Callable[[_Kind], _Kind]:
-    """Class decorator: use this adapter for pipelines whose network is of that class in `model_index.json`."""
+def register_backbone(name: str) -> Callable[[_Kind], _Kind]:
+    """Class decorator: use this adapter where `model_index.json` says that the pipeline, or its network, is a `name`.
+
+    An adapter for the pipeline's class goes before one for the network's.
+    """
 
     def register(kind: _Kind) -> _Kind:
-        BACKBONES[network_class] = kind
+        BACKBONES[name] = kind
         return kind
 
     return register
@@ -228,7 +291,8 @@ def load_backbone(
     """
     from diffusers import DiffusionPipeline
 
-    kind, index = _adapter_for(_read_index(source, revision), source)
+    index = _read_index(source, revision)
+    kind = _adapter_for(index, source)
     folder = Path(source)
     try:
         if not folder.is_dir():
@@ -237,7 +301,7 @@ def load_backbone(
         with quiet_libraries():
             pipeline_class = kind.pipeline_class(index["_class_name"])
             pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        if pipeline.transformer.dtype != dtype:  # older versions of diffusers do not know `dtype`
+        if getattr(pipeline, kind.network_name).dtype != dtype:  # older versions of diffusers do not know `dtype`
             pipeline.to(dtype)
     except (OSError, ValueError) as error:
         if isinstance(error, FewstepError):
@@ -293,10 +357,8 @@ def _read_index(source: str | Path, revision: str | None) -> dict[str, Any]:
     return index
 
 
-def _adapter_for(index: dict[str, Any], source: str | Path) -> tuple[type[Backbone], dict[str, Any]]:
+def _adapter_for(index: dict[str, Any], source: str | Path) -> type[Backbone]:
     """The adapter of the pipeline that `index` describes, after a look at what loading it would run."""
-    from fewstep.models import pixart  # noqa: F401  (registers itself)
-
     if not isinstance(index.get("_class_name"), str):  # a list names a file with code
         raise FewstepError(
             f"found a pipeline class {index.get('_class_name')!r} in {source}, expected a class of diffusers (code of "
@@ -304,12 +366,13 @@ def _adapter_for(index: dict[str, Any], source: str | Path) -> tuple[type[Backbo
         )
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     network = next((part[1] for name, part in parts.items() if name in ("transformer", "unet")), None)
-    kind = BACKBONES.get(str(network))
+    kind = _registered(index["_class_name"], str(network))
     if kind is None:
         raise FewstepError(
             f"found a {index['_class_name']} with the network {network} in {source}, expected one of "
-            f"{sorted(BACKBONES)}, fix: write an adapter (a subclass of fewstep.models.Backbone, see its module's "
-            "docstring) and register it with @register_backbone"
+            f"{sorted(BACKBONES)}, fix: write an adapter, a subclass of fewstep.models.Backbone (docs/backbones.md shows "
+            f"how), and register it with @register_backbone({str(network)!r}) in a module that you import, or as an "
+            f"entry point of the group {ENTRY_POINTS!r} in your package"
         )
     if kind.pipeline_classes and index["_class_name"] not in kind.pipeline_classes:
         raise FewstepError(
@@ -324,4 +387,23 @@ def _adapter_for(index: dict[str, Any], source: str | Path) -> tuple[type[Backbo
                 f"found part {name!r} of {source} from the library {library!r}, expected diffusers or transformers "
                 "(code of others is not run), fix: use a pipeline of stock parts"
             )
-    return kind, index
+    return kind
+
+
+def _registered(*names: str) -> type[Backbone] | None:
+    """The adapter for the first of `names` that has one: registered by hand, ours, or named by an installed package."""
+    for family in _FAMILIES:
+        import_module(f"fewstep.models.{family}")
+    for name in names:
+        if name in BACKBONES:
+            return BACKBONES[name]
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            kind = entry.load()
+            if not (isinstance(kind, type) and issubclass(kind, Backbone)):
+                raise FewstepError(
+                    f"found the entry point {name} = {entry.value!r} of the group {ENTRY_POINTS!r} that is no "
+                    "adapter, expected a subclass of fewstep.models.Backbone, fix: correct it in the package that "
+                    "names it"
+                )
+            return BACKBONES.setdefault(name, kind)
+    return None

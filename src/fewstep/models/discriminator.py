@@ -50,14 +50,14 @@ def blocks_at(blocks: Sequence[nn.Module], depths: Sequence[float] = DEPTHS) -> 
 
 
 @contextmanager
-def tapped(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def tapped(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """The outputs of `modules`, in the order of their calls, collected while the context lasts; gradients go through.
 
     A module that activation checkpointing calls again in the backward pass is out of the context by then.
     """
-    outputs: list[Tensor] = []
+    outputs: list[Any] = []
 
-    def collect(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def collect(module: nn.Module, inputs: Any, output: Any) -> None:
         outputs.append(output)
 
     hooks = [module.register_forward_hook(collect) for module in modules]

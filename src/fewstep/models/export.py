@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fewstep.core import grids as time_grids
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone
+from fewstep.models.pipelines import rebuilt
 from fewstep.models.quiet import quiet_libraries
 from fewstep.models.roles import STUDENT, Roles
 from fewstep.models.schedulers import Sampling, choose_scheduler
@@ -80,6 +81,7 @@ def save_student(
         "eta": eta,
         "grids": {str(len(grid) - 1): (grid / start).tolist() for grid in grids},
         "call": {str(count): call for count, call in sampling.calls.items()},
+        "embedded_guidance": backbone.embedded_guidance,
         "versions": _versions(),
         "details": dict(details or {}),
     }
@@ -87,11 +89,11 @@ def save_student(
         if form == "pipeline":
             pipeline = backbone.pipeline_with(roles.student_network(), sampling.scheduler)
             save_pipeline(pipeline, temporary, dtype)
-            usage = _pipeline_usage(pipeline, sampling)
+            usage = _pipeline_usage(backbone, pipeline, sampling)
         else:
             _save_lora(temporary, roles, dtype)
             sampling.scheduler.save_pretrained(temporary / "scheduler")
-            usage = _lora_usage(backbone.pipeline, card["teacher"], sampling)
+            usage = _lora_usage(backbone, card["teacher"], sampling)
         (temporary / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
         (temporary / "README.md").write_text(_readme(card, usage), encoding="utf-8")
     return Path(folder)
@@ -108,7 +110,7 @@ def save_pipeline(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float3
             name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) and part.dtype != dtype else part
             for name, part in pipeline.components.items()
         }
-        type(pipeline)(**parts).save_pretrained(folder, safe_serialization=True)
+        rebuilt(pipeline, **parts).save_pretrained(folder, safe_serialization=True)
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         for key in config.keys() & {"dtype", "torch_dtype"}:
@@ -154,7 +156,7 @@ def _check_form(form: str, roles: Roles) -> None:
 
 
 def _save_lora(folder: Path, roles: Roles, dtype: torch.dtype) -> None:
-    """The two files that `PeftModel.from_pretrained(pipeline.transformer, folder)` reads."""
+    """The two files that `PeftModel.from_pretrained(network, folder)` reads."""
     from safetensors.torch import save_file
 
     seat = roles.student_seat
@@ -185,45 +187,44 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _pipeline_usage(pipeline: Any, sampling: Sampling) -> list[str]:
+def _pipeline_usage(backbone: Backbone, pipeline: Any, sampling: Sampling) -> list[str]:
     """Lines that sample the pipeline folder FOLDER."""
-    aware = hasattr(pipeline.transformer, "call_embedder")
+    network = getattr(pipeline, backbone.network_name)
+    aware = hasattr(network, "call_embedder")
     loader, home = (type(pipeline).__name__, type(pipeline).__module__) if aware else ("DiffusionPipeline", "diffusers")
-    homes = [] if aware else [type(pipeline.transformer).__module__]
+    homes = [] if aware else [type(network).__module__]
     homes.append(type(sampling.scheduler).__module__)
     return [
         *(f"import {home}" for home in homes if home.startswith("fewstep")),
         f"from {home} import {loader}",
         "",
         f'pipeline = {loader}.from_pretrained("FOLDER")',
-        *_calls(sampling, pipeline, told_binning=aware),
+        *_calls(sampling, backbone.student_call),
     ]
 
 
-def _lora_usage(teacher: Any, source: str, sampling: Sampling) -> list[str]:
+def _lora_usage(backbone: Backbone, source: str, sampling: Sampling) -> list[str]:
     """Lines that sample the LoRA folder FOLDER on the teacher."""
     scheduler, home = type(sampling.scheduler).__name__, type(sampling.scheduler).__module__
+    network = f"pipeline.{backbone.network_name}"
     return [
         "from diffusers import DiffusionPipeline",
         f"from {home.split('.')[0] if home.startswith('diffusers') else home} import {scheduler}",
         "from peft import PeftModel",
         "",
         f'pipeline = DiffusionPipeline.from_pretrained("{source}")',
-        'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "FOLDER")',
+        f'{network} = PeftModel.from_pretrained({network}, "FOLDER")',
         f'pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")',
-        *_calls(sampling, teacher),
+        *_calls(sampling, backbone.student_call),
     ]
 
 
-def _calls(sampling: Sampling, pipeline: Any, told_binning: bool = False) -> list[str]:
+def _calls(sampling: Sampling, more: Mapping[str, Any]) -> list[str]:
     """One call for each step count."""
-    binned = told_binning or pipeline.transformer.config.sample_size in (32, 64, 128)
-    more = "" if binned else ", use_resolution_binning=False"  # PixArt's pipeline refuses other sizes without
-    return [
-        f'image = pipeline("a prompt", {name}={value}, guidance_scale=1{more}).images[0]'
-        for call in sampling.calls.values()
-        for name, value in call.items()
+    told = [
+        ", ".join(f"{name}={value!r}" for name, value in {**call, **more}.items()) for call in sampling.calls.values()
     ]
+    return [f'image = pipeline("a prompt", {arguments}).images[0]' for arguments in told]
 
 
 def _readme(card: Mapping[str, Any], usage: Sequence[str]) -> str:

@@ -14,11 +14,13 @@ from fewstep.core.tensors import Condition
 from fewstep.models.adapters import shared_copy
 from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
+from fewstep.models.pipelines import decoded, encoded_images, in_batches, pixels
 
 STATES, MASK = "text_states", "text_mask"
 """Condition keys: text encoder states (B, L, width), and 1 where they are words and 0 where padding (B, L)."""
 
-_ENCODE_BATCH = 64
+BINNED_SIZES = (32, 64, 128)
+"""Latent sizes whose images the pipelines can fit to their tables of aspect ratios."""
 
 
 @register_backbone("PixArtTransformer2DModel")
@@ -70,30 +72,24 @@ class PixArt(Backbone):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
-        parts = []
         usual = inspect.signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default
         longest = min(usual, self.pipeline.tokenizer.model_max_length)  # more would be padding, which is masked anyway
-        for start in range(0, len(prompts), _ENCODE_BATCH):
-            batch = list(prompts[start : start + _ENCODE_BATCH])
-            encoded = self.pipeline.encode_prompt(
+
+        def encoded(batch: list[str]) -> Condition:
+            states, mask = self.pipeline.encode_prompt(
                 batch, do_classifier_free_guidance=False, device=self.device, max_sequence_length=longest
-            )
-            parts.append(encoded[:2])
-        states, masks = zip(*parts, strict=True)
-        return {STATES: torch.cat(states), MASK: torch.cat(masks)}
+            )[:2]
+            return {STATES: states, MASK: mask}
+
+        return in_batches(encoded, prompts)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        images = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu()
+        return pixels(decoded(self.pipeline.vae, latents))
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        encoded = vae.encode(images.to(vae.device, vae.dtype))
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return latents.float() * vae.config.scaling_factor
+        return encoded_images(self.pipeline.vae, images)
 
     def tapped_blocks(self, network: nn.Module) -> list[nn.Module]:
         return blocks_at(list(network.get_submodule("transformer_blocks").children()))
@@ -108,22 +104,26 @@ class PixArt(Backbone):
         return made_steps_aware(shared_copy(self.network))
 
     def pipeline_with(self, network: nn.Module, scheduler: Any) -> Any:
-        kind = type(self.pipeline)
-        if hasattr(network, "call_embedder"):
-            kind = self.pipeline_class("StepsAwarePixArtPipeline")
+        if not hasattr(network, "call_embedder"):
+            return super().pipeline_with(network, scheduler)
+        kind = self.pipeline_class("StepsAwarePixArtPipeline")
         return kind(**{**self.pipeline.components, "transformer": network, "scheduler": scheduler})
 
+    @property
+    def student_call(self) -> dict[str, Any]:
+        """The pipeline refuses sizes for which it has no table of aspect ratios, unless told not to look one up."""
+        binned = self.pipeline.transformer.config.sample_size in BINNED_SIZES
+        return super().student_call | ({} if binned else {"use_resolution_binning": False})
+
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
-        pipeline = type(self.pipeline)(
-            **{
-                **self.pipeline.components,
-                "transformer": _Predictor(predict, self.pipeline.transformer),
-                "scheduler": scheduler,
-            }
-        )
-        pipeline.set_progress_bar_config(disable=True)
+        learns_variance = self.pipeline.transformer.config.out_channels == 2 * noise.shape[1]
+
+        def forward(x: Tensor, *, timestep: Tensor, **others: Any) -> tuple[Tensor]:
+            output = predict(x, timestep)
+            return (torch.cat([output, output], 1) if learns_variance else output,)
+
         null = self.null_condition()
-        return pipeline(
+        return self.stock_pipeline(forward, scheduler)(
             prompt=None,
             negative_prompt=None,
             prompt_embeds=null[STATES].expand(len(noise), -1, -1),
@@ -134,20 +134,6 @@ class PixArt(Backbone):
             output_type="latent",
             **call,
         ).images
-
-
-class _Predictor(nn.Module):
-    """A function in the place of PixArt's network."""
-
-    def __init__(self, predict: Predict, network: Any) -> None:
-        super().__init__()
-        self.predict, self.config = predict, network.config
-        self.device, self.dtype = network.device, network.dtype
-
-    def forward(self, x: Tensor, *, timestep: Tensor, **others: Any) -> tuple[Tensor]:
-        output = self.predict(x, timestep)
-        learns_variance = self.config.out_channels == 2 * self.config.in_channels
-        return (torch.cat([output, output], 1) if learns_variance else output,)
 
 
 def _without_padding(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,8 @@ class Roles:
         assert isinstance(self.backbone, Backbone)
         with tapped(self.backbone.tapped_blocks(found.seat.network)) as features:
             self._call(found.seat, x, t, told)
-        return found.network(features).to(x.dtype)
+        tokens = [self.backbone.block_tokens(output) for output in features]
+        return found.network(tokens).to(x.dtype)
 
     def log_ratio(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """log p/q (B,) of data and student at noised `x`: the mean logit, a geometric mean of the heads' ratios."""

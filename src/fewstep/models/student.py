@@ -133,6 +133,7 @@ def load_student(
     else:
         backbone = load_backbone(card["teacher"], dtype=dtype, device=device)
         network = _with_lora(backbone.network, folder).to(device)
+    backbone.embedded_guidance = card.get("embedded_guidance", backbone.embedded_guidance)
     return Student(backbone, network, grids, card["steps_aware"], card, float(card.get("eta", 1)))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fewstep.core import grids
 from fewstep.core.guidance import guided
 from fewstep.core.solvers import SOLVERS
 from fewstep.core.tensors import Condition
@@ -20,12 +19,14 @@ class Teacher:
 
     Args:
         backbone: the loaded pipeline.
-        steps: steps taken unless told otherwise.
-        guidance_scale: guidance unless told otherwise; 1 means none.
+        steps: steps taken unless told otherwise; the family's usual number if None.
+        guidance_scale: guidance unless told otherwise; 1 means none, None the family's usual scale.
     """
 
-    def __init__(self, backbone: Backbone, steps: int = 50, guidance_scale: float = 3.5) -> None:
-        self.backbone, self.steps, self.guidance_scale = backbone, steps, guidance_scale
+    def __init__(self, backbone: Backbone, steps: int | None = None, guidance_scale: float | None = None) -> None:
+        self.backbone = backbone
+        self.steps = backbone.teacher_steps if steps is None else steps
+        self.guidance_scale = backbone.teacher_guidance if guidance_scale is None else guidance_scale
 
     def calls(self, steps: int | None = None, guidance_scale: float | None = None) -> int:
         """Network calls per image."""
@@ -62,7 +63,7 @@ class Teacher:
         def denoise(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return guided(self._call, x, t, condition, null, scale)
 
-        grid = grids.from_scheduler(backbone.pipeline.scheduler, steps, backbone.process)
+        grid = backbone.teacher_grid(steps)
         start = self.noise(seeds) * backbone.process.noise_scale
         return SOLVERS[solver](denoise, start, grid, backbone.process, backbone.encode(prompts))
 

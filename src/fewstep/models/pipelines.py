@@ -1,0 +1,67 @@
+"""What adapters of several families do alike with a diffusers pipeline: take it apart, encode in parts, scale latents.
+
+Nothing here knows a family.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.tensors import Condition
+
+ENCODE_BATCH = 64
+"""Prompts that a text encoder is given at a time."""
+
+
+def rebuilt(pipeline: Any, **replaced: Any) -> Any:
+    """A new pipeline of the class, parts and options of `pipeline`, but for those `replaced`; parts are shared."""
+    kind = type(pipeline)
+    options = {
+        name: pipeline.config[name]
+        for name in inspect.signature(kind.__init__).parameters
+        if name in pipeline.config and name not in pipeline.components
+    }
+    return kind(**{**options, **pipeline.components, **replaced})
+
+
+def stand_in(network: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """`network` with another forward: config, dtype and submodules are its own, shared."""
+    shadow = copy.copy(network)
+    shadow.forward = forward
+    return shadow
+
+
+def in_batches(encode: Callable[[list[str]], Condition], prompts: Sequence[str]) -> Condition:
+    """`encode` of `prompts`, at most `ENCODE_BATCH` at a time; it must return the same names and lengths each time."""
+    starts = range(0, len(prompts), ENCODE_BATCH)
+    parts = [encode(list(prompts[start : start + ENCODE_BATCH])) for start in starts]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) as the autoencoder's images (B, 3, H, W), about [-1, 1]: unscaled, shifted back, decoded."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+    return vae.decode(latents, return_dict=False)[0]
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as uint8 on the CPU, rounded as diffusers' image processors do."""
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu()
+
+
+def encoded_images(vae: Any, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as latents (B, C, h, w) float32, the mode where the autoencoder has a law."""
+    encoded = vae.encode(images.to(vae.device, vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.mode()
+    else:
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents.float() - shift) * vae.config.scaling_factor
