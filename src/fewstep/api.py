@@ -54,7 +54,13 @@ class RoleOptions:
 
 
 def load_teacher(
-    source: str | Path = EMOJI, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    source: str | Path = EMOJI,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
 ) -> Teacher:
     """A teacher: "emoji" (embedded, no download), a diffusers pipeline folder, or a Hub id.
 
@@ -62,12 +68,17 @@ def load_teacher(
         source: what to load.
         dtype: of its weights; bfloat16 halves the memory of a frozen base.
         device: where to put it.
+        height: of its samples in pixels, for families that make several sizes; the pipeline's own unless told.
+        width: likewise.
+        num_frames: of its videos, likewise.
 
     Raises:
-        FewstepError: nothing usable there; says what was found and what to do.
+        FewstepError: nothing usable there, or a size it cannot make; says what was found and what to do.
     """
     folder = shipped(TEACHER_FOLDER) if str(source) == EMOJI else source
-    return Teacher(load_backbone(folder, dtype=dtype, device=device))
+    sides = {"height": height, "width": width, "num_frames": num_frames}
+    size = {name: value for name, value in sides.items() if value is not None}
+    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=size))
 
 
 def distill(
@@ -143,6 +154,8 @@ def distill(
     if needs.discriminator:
         kept["discriminator"] = features
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
+    if backbone.told_size:
+        configuration["size"] = backbone.told_size
     folder = Path(out) / STUDENT_FOLDER
     with process_group(backbone.device) as group:
         result = train(
@@ -181,7 +194,7 @@ def sample(
     steps: int | None = None,
     **more: Any,
 ) -> Tensor:
-    """Images (B, 3, H, W) uint8 of a teacher or student.
+    """Images (B, 3, H, W), or videos (B, F, 3, H, W), uint8, of a teacher or student.
 
     Args:
         model: loaded, or a student's folder.

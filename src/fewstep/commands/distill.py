@@ -31,6 +31,12 @@ class RunOptions:
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    height: int | None = None
+    """Of the teacher's samples in pixels, for families that make several sizes; its pipeline's own unless told."""
+    width: int | None = None
+    """Likewise."""
+    num_frames: int | None = None
+    """Frames of the teacher's videos, likewise."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; what is trained is float32."""
 
@@ -48,7 +54,14 @@ def main(arguments: list[str]) -> None:
     args = parse(kind, f"distill {method}", arguments)
     run = args.run
     prompts = read_prompts(run.prompts) if run.prompts else None
-    teacher = load_teacher(run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device))
+    teacher = load_teacher(
+        run.teacher,
+        dtype=getattr(torch, run.base_dtype),
+        device=choose_device(run.device),
+        height=run.height,
+        width=run.width,
+        num_frames=run.num_frames,
+    )
     distill(
         teacher,
         args.method,
