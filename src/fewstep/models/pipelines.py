@@ -65,3 +65,33 @@ def encoded_images(vae: Any, images: Tensor) -> Tensor:
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents.float() - shift) * vae.config.scaling_factor
+
+
+def without_padding(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the columns that are padding in every row: the same attention for a fraction of the work.
+
+    Padding is masked with a large negative number, so that a row of nothing but padding attends to all of it evenly:
+    such a batch is left alone.
+    """
+    words = mask.bool()
+    if not bool(words.any(1).all()):
+        return states, mask
+    used = words.any(0)
+    return states[:, used], mask[:, used]
+
+
+def padded(values: Tensor, length: int) -> Tensor:
+    """(B, L, ...) with zeros appended up to `length`: conditions of all prompts have to fit together."""
+    missing = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])
+    return torch.cat([values, missing], 1)
+
+
+def dynamic_shift(scheduler: Any, tokens: int) -> float:
+    """mu, by which schedulers with dynamic shifting shift their times for images of so many tokens."""
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    usual = (256, 4096, 0.5, 1.15)  # as the pipelines assume where the scheduler says nothing
+    return calculate_shift(
+        tokens, *(scheduler.config.get(name, value) for name, value in zip(names, usual, strict=True))
+    )

@@ -14,7 +14,7 @@ from fewstep.core.tensors import Condition
 from fewstep.models.adapters import shared_copy
 from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import decoded, encoded_images, in_batches, pixels
+from fewstep.models.pipelines import decoded, encoded_images, in_batches, pixels, without_padding
 
 STATES, MASK = "text_states", "text_mask"
 """Condition keys: text encoder states (B, L, width), and 1 where they are words and 0 where padding (B, L)."""
@@ -47,7 +47,7 @@ class PixArt(Backbone):
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype
-        states, mask = _without_padding(condition[STATES], condition[MASK])
+        states, mask = without_padding(condition[STATES], condition[MASK])
         output = network(
             x.to(dtype),
             encoder_hidden_states=states.to(dtype),
@@ -134,16 +134,3 @@ class PixArt(Backbone):
             output_type="latent",
             **call,
         ).images
-
-
-def _without_padding(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the columns that are padding in every row: the same attention for a fraction of the work.
-
-    Padding is masked with a large negative number, so that a row of nothing but padding attends to all of it evenly:
-    such a batch is left alone.
-    """
-    words = mask.bool()
-    if not bool(words.any(1).all()):
-        return states, mask
-    used = words.any(0)
-    return states[:, used], mask[:, used]
