@@ -54,7 +54,11 @@ class RoleOptions:
 
 
 def load_teacher(
-    source: str | Path = EMOJI, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    source: str | Path = EMOJI,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    size: int | None = None,
 ) -> Teacher:
     """A teacher: "emoji" (embedded, no download), a diffusers pipeline folder, or a Hub id.
 
@@ -62,12 +66,13 @@ def load_teacher(
         source: what to load.
         dtype: of its weights; bfloat16 halves the memory of a frozen base.
         device: where to put it.
+        size: side of its images in pixels; the pipeline's own unless told. Students have the teacher's.
 
     Raises:
         FewstepError: nothing usable there; says what was found and what to do.
     """
     folder = shipped(TEACHER_FOLDER) if str(source) == EMOJI else source
-    return Teacher(load_backbone(folder, dtype=dtype, device=device))
+    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=size))
 
 
 def distill(

@@ -52,7 +52,7 @@ BACKBONES: dict[str, type[Backbone]] = {}
 ENTRY_POINTS = "fewstep.backbones"
 """Group of the entry points by which other packages name adapters; each is called as its network or pipeline."""
 
-_FAMILIES = ("pixart",)  # modules beside this one whose import registers adapters
+_FAMILIES = ("pixart", "stable_diffusion", "stable_diffusion_3", "flux", "sana")  # modules that register adapters
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: a package in diffusers, for safety checkers
 _OWN_LIBRARIES = (
     "fewstep.models.steps_aware", "fewstep.models.flow_scheduler", "fewstep.models.expert_networks",
@@ -79,7 +79,7 @@ class Backbone(ABC):
     recipe: ClassVar[Recipe] = Recipe()
     """What the family is distilled with unless the user says otherwise."""
 
-    teacher_steps: ClassVar[int] = 50
+    teacher_steps: int = 50
     """Steps of the teacher unless told otherwise."""
 
     teacher_guidance: float = 3.5
@@ -104,6 +104,38 @@ class Backbone(ABC):
         self.prediction: str = prediction
         """What the network predicts, one of `fewstep.core.prediction.PREDICTIONS`."""
         self._null: Condition | None = None
+        self.image_size: int | None = None
+        """Side of the images in pixels where `set_image_size` said it; None for the stock pipeline's own."""
+
+    @property
+    def stock_side(self) -> int:
+        """Side of the square latents that the stock pipeline makes unless told otherwise."""
+        return getattr(self.pipeline, self.network_name).config.sample_size
+
+    @property
+    def side(self) -> int:
+        """Side of the square latents: `stock_side`, unless `set_image_size` changed it."""
+        return self.stock_side if self.image_size is None else self.image_size // self.pipeline.vae_scale_factor
+
+    def set_image_size(self, size: int) -> None:
+        """Make images of another size from now on, teacher and students alike.
+
+        Args:
+            size: side in pixels, a multiple of what one token of the network covers.
+        """
+        config = getattr(self.pipeline, self.network_name).config
+        unit = self.pipeline.vae_scale_factor * max(2, getattr(config, "patch_size", None) or 1)
+        if size < unit or size % unit:
+            raise FewstepError(
+                f"found an image size of {size} pixels, expected a multiple of {unit}, fix: round it to "
+                f"{max(1, round(size / unit)) * unit}"
+            )
+        self.image_size = size
+
+    def size_arguments(self) -> dict[str, int]:
+        """Height and width in pixels, as arguments of the pipeline's call."""
+        pixels = self.side * self.pipeline.vae_scale_factor
+        return {"height": pixels, "width": pixels}
 
     @property
     @abstractmethod
@@ -155,7 +187,8 @@ class Backbone(ABC):
     @property
     def student_call(self) -> dict[str, Any]:
         """Arguments, besides prompt and steps, with which the stock pipeline samples a student at its own size."""
-        return {"guidance_scale": self.embedded_guidance or 1}
+        size = {} if self.image_size is None else self.size_arguments()
+        return {"guidance_scale": self.embedded_guidance or 1, **size}
 
     @abstractmethod
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
@@ -276,6 +309,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    size: int | None = None,
 ) -> Backbone:
     """Load any pipeline whose network has an adapter.
 
@@ -284,6 +318,7 @@ def load_backbone(
         dtype: of all weights: float32, or bfloat16 for a frozen base that takes half the memory.
         device: where to put it.
         revision: branch, tag or commit on the Hub.
+        size: side of the images in pixels; the pipeline's own unless told.
 
     Raises:
         FewstepError: no pipeline there, no adapter for its network, weights that are pickles, or parts that would need
@@ -310,7 +345,10 @@ def load_backbone(
             f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
-    return kind(pipeline.to(device), str(source))
+    backbone = kind(pipeline.to(device), str(source))
+    if size is not None:
+        backbone.set_image_size(size)
+    return backbone
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -370,8 +408,8 @@ def _adapter_for(index: dict[str, Any], source: str | Path) -> type[Backbone]:
     if kind is None:
         raise FewstepError(
             f"found a {index['_class_name']} with the network {network} in {source}, expected one of "
-            f"{sorted(BACKBONES)}, fix: write an adapter, a subclass of fewstep.models.Backbone (docs/backbones.md shows "
-            f"how), and register it with @register_backbone({str(network)!r}) in a module that you import, or as an "
+            f"{sorted(BACKBONES)}, fix: write an adapter, a subclass of fewstep.models.Backbone (docs/backbones.md), "
+            f"and register it with @register_backbone({str(network)!r}) in a module that you import, or as an "
             f"entry point of the group {ENTRY_POINTS!r} in your package"
         )
     if kind.pipeline_classes and index["_class_name"] not in kind.pipeline_classes:

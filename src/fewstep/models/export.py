@@ -82,6 +82,7 @@ def save_student(
         "grids": {str(len(grid) - 1): (grid / start).tolist() for grid in grids},
         "call": {str(count): call for count, call in sampling.calls.items()},
         "embedded_guidance": backbone.embedded_guidance,
+        "image_size": backbone.image_size,
         "versions": _versions(),
         "details": dict(details or {}),
     }

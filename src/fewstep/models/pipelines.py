@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from fewstep.core.tensors import Condition
 
+STATES, MASK, POOLED = "text_states", "text_mask", "text_pooled"
+"""Condition keys: text encoder states (B, L, width), 1 where they are words and 0 where padding (B, L), and one vector
+for the whole text (B, width)."""
+
 ENCODE_BATCH = 64
 """Prompts that a text encoder is given at a time."""
 
@@ -65,3 +69,31 @@ def encoded_images(vae: Any, images: Tensor) -> Tensor:
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents.float() - shift) * vae.config.scaling_factor
+
+
+def without_padding(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`states` and `mask` without the columns that are padding in every row: the same attention for less work.
+
+    Networks mask padding with a large negative number, so that a row of nothing but padding attends to all of it
+    evenly: such a batch is left alone.
+    """
+    words = mask.bool()
+    if not bool(words.any(1).all()):
+        return states, mask
+    used = words.any(0)
+    return states[:, used], mask[:, used]
+
+
+def dynamic_shift(scheduler: Any, tokens: int) -> dict[str, float]:
+    """Arguments of `set_timesteps` for a flow scheduler whose shift grows with the image: mu; none if it does not.
+
+    Args:
+        scheduler: a flow-matching scheduler of diffusers.
+        tokens: of the image, as its transformer counts them.
+    """
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return {}
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    return {"mu": calculate_shift(tokens, *(scheduler.config[name] for name in names))}
