@@ -58,6 +58,7 @@ def load_teacher(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    size: int | None = None,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
@@ -68,17 +69,19 @@ def load_teacher(
         source: what to load.
         dtype: of its weights; bfloat16 halves the memory of a frozen base.
         device: where to put it.
-        height: of its samples in pixels, for families that make several sizes; the pipeline's own unless told.
+        size: side of its images in pixels; the pipeline's own unless told. Students have the teacher's.
+        height: of its samples in pixels, where the family makes more than squares.
         width: likewise.
-        num_frames: of its videos, likewise.
+        num_frames: of its videos.
 
     Raises:
         FewstepError: nothing usable there, or a size it cannot make; says what was found and what to do.
     """
     folder = shipped(TEACHER_FOLDER) if str(source) == EMOJI else source
-    sides = {"height": height, "width": width, "num_frames": num_frames}
-    size = {name: value for name, value in sides.items() if value is not None}
-    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=size))
+    sides = {"height": size if height is None else height, "width": size if width is None else width}
+    sides["num_frames"] = num_frames
+    told = {name: value for name, value in sides.items() if value is not None}
+    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=told or None))
 
 
 def distill(
@@ -153,9 +156,9 @@ def distill(
     kept = {name: value for name, value in asdict(roles).items() if name not in ("checkpointing", "discriminator")}
     if needs.discriminator:
         kept["discriminator"] = features
-    configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
-    if backbone.told_size:
-        configuration["size"] = backbone.told_size
+    configuration: dict[str, Any] = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
+    if backbone.asked_size is not None:
+        configuration["size"] = backbone.asked_size
     folder = Path(out) / STUDENT_FOLDER
     with process_group(backbone.device) as group:
         result = train(

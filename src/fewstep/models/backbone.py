@@ -30,7 +30,6 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -54,12 +53,8 @@ ENTRY_POINTS = "fewstep.backbones"
 """Group of the entry points by which other packages name adapters; each is called as its network or pipeline."""
 
 _FAMILIES = (
-    "pixart",
-    "qwen_image",
-    "z_image",
-    "cogvideox",
-    "wan",
-)  # modules beside this one whose import registers adapters
+    "pixart", "stable_diffusion", "stable_diffusion_3", "flux", "sana", "qwen_image", "z_image", "cogvideox", "wan",
+)  # modules that register adapters  # fmt: skip
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: a package in diffusers, for safety checkers
 _OWN_LIBRARIES = (
     "fewstep.models.steps_aware", "fewstep.models.flow_scheduler", "fewstep.models.expert_networks",
@@ -69,27 +64,12 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 _Kind = TypeVar("_Kind", bound="type[Backbone]")
 
 
-@dataclass(frozen=True)
-class Side:
-    """What a side of the teacher's samples may be: `plus` and any multiple of `multiple`, in pixels or frames."""
-
-    usual: int
-    """What the pipeline makes unless told otherwise."""
-    multiple: int
-    plus: int = 0
-
-
 class Backbone(ABC):
     """A frozen pipeline as a teacher.
 
     Args:
         pipeline: the loaded diffusers pipeline; its network is frozen and put in eval mode.
         source: the folder or Hub id it came from.
-        size: height and width in pixels, num_frames in frames, where they are not to be the pipeline's own; see
-            `sides`.
-
-    Raises:
-        FewstepError: a size that the family does not have or cannot make.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
@@ -101,7 +81,7 @@ class Backbone(ABC):
     recipe: ClassVar[Recipe] = Recipe()
     """What the family is distilled with unless the user says otherwise."""
 
-    teacher_steps: ClassVar[int] = 50
+    teacher_steps: int = 50
     """Steps of the teacher unless told otherwise."""
 
     teacher_guidance: float = 3.5
@@ -114,13 +94,8 @@ class Backbone(ABC):
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""
 
-    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
+    def __init__(self, pipeline: Any, source: str) -> None:
         self.pipeline, self.source = pipeline, source
-        self.told_size = dict(size or {})
-        """What of `size` is not the pipeline's own choice."""
-        self.size = {name: side.usual for name, side in self.sides.items()} | self.told_size
-        """Sides of a decoded sample, for families with `sides`."""
-        self._check_size()
         self.network: nn.Module = getattr(pipeline, self.network_name).requires_grad_(False).eval()
         """The teacher's network. Shared, never trained: see `fewstep.models.roles` for what is."""
         for part in self.pipeline.components.values():
@@ -131,26 +106,60 @@ class Backbone(ABC):
         self.prediction: str = prediction
         """What the network predicts, one of `fewstep.core.prediction.PREDICTIONS`."""
         self._null: Condition | None = None
+        self.image_size: int | None = None
+        """Side of the images in pixels where `set_image_size` said it; None for the stock pipeline's own."""
 
     @property
-    def sides(self) -> dict[str, Side]:
-        """The sides that can be chosen when the teacher is loaded: of "height", "width" and "num_frames"; none here."""
-        return {}
+    def stock_side(self) -> int:
+        """Side of the square latents that the stock pipeline makes unless told otherwise."""
+        return getattr(self.pipeline, self.network_name).config.sample_size
 
-    def _check_size(self) -> None:
-        for name, value in self.told_size.items():
-            side = self.sides.get(name)
-            if side is None:
-                raise FewstepError(
-                    f"found {name} = {value} for {type(self).__name__}, expected "
-                    f"{' or '.join(self.sides) or 'no size, as its samples have one size'}, fix: leave {name} out"
-                )
-            if value < 1 or value % side.multiple != side.plus:
-                more = f" and {side.plus} more" if side.plus else ""
-                near = max(value // side.multiple, 1) * side.multiple + side.plus
-                raise FewstepError(
-                    f"found {name} = {value}, expected a multiple of {side.multiple}{more}, fix: {name} = {near}"
-                )
+    @property
+    def side(self) -> int:
+        """Side of the square latents: `stock_side`, unless `set_image_size` changed it."""
+        return self.stock_side if self.image_size is None else self.image_size // self.pipeline.vae_scale_factor
+
+    def set_image_size(self, size: int) -> None:
+        """Make images of another size from now on, teacher and students alike.
+
+        Args:
+            size: side in pixels, a multiple of what one token of the network covers.
+        """
+        config = getattr(self.pipeline, self.network_name).config
+        unit = self.pipeline.vae_scale_factor * max(2, getattr(config, "patch_size", None) or 1)
+        if size < unit or size % unit:
+            raise FewstepError(
+                f"found an image size of {size} pixels, expected a multiple of {unit}, fix: round it to "
+                f"{max(1, round(size / unit)) * unit}"
+            )
+        self.image_size = size
+
+    def set_size(self, size: Mapping[str, int]) -> None:
+        """Make samples of another size from now on, teacher and students alike.
+
+        Args:
+            size: "height" and "width" in pixels, and "num_frames" of videos, or some of these; here they make a square.
+
+        Raises:
+            FewstepError: a side that the family does not have or cannot make.
+        """
+        sides = set(size.values())
+        if len(sides) != 1 or not size.keys() <= {"height", "width"}:
+            raise FewstepError(
+                f"found the size {dict(size)} for {type(self).__name__}, expected a square image, fix: one number for "
+                "height and width, and no frames"
+            )
+        self.set_image_size(sides.pop())
+
+    @property
+    def asked_size(self) -> int | dict[str, int] | None:
+        """What `load_backbone` has to be told to make samples of this size; None for the stock pipeline's own."""
+        return self.image_size
+
+    def size_arguments(self) -> dict[str, int]:
+        """Height and width in pixels, as arguments of the pipeline's call."""
+        pixels = self.side * self.pipeline.vae_scale_factor
+        return {"height": pixels, "width": pixels}
 
     @property
     @abstractmethod
@@ -205,7 +214,8 @@ class Backbone(ABC):
     @property
     def student_call(self) -> dict[str, Any]:
         """Arguments, besides prompt and steps, with which the stock pipeline samples a student at its own size."""
-        return {"guidance_scale": self.embedded_guidance or 1, **self.told_size}
+        size = {} if self.image_size is None else self.size_arguments()
+        return {"guidance_scale": self.embedded_guidance or 1, **size}
 
     @abstractmethod
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
@@ -328,7 +338,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     revision: str | None = None,
-    size: Mapping[str, int] | None = None,
+    size: int | Mapping[str, int] | None = None,
 ) -> Backbone:
     """Load any pipeline whose network has an adapter.
 
@@ -337,11 +347,11 @@ def load_backbone(
         dtype: of all weights: float32, or bfloat16 for a frozen base that takes half the memory.
         device: where to put it.
         revision: branch, tag or commit on the Hub.
-        size: height, width, num_frames of its samples, where they are not to be the pipeline's own (`Backbone.sides`).
+        size: side of the images in pixels, or sides by name (`Backbone.set_size`); the pipeline's own unless told.
 
     Raises:
         FewstepError: no pipeline there, no adapter for its network, weights that are pickles, or parts that would need
-            code from the folder, or a size that the family does not have.
+            code from the folder.
     """
     from diffusers import DiffusionPipeline
 
@@ -364,7 +374,10 @@ def load_backbone(
             f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
-    return kind(pipeline.to(device), str(source), size)
+    backbone = kind(pipeline.to(device), str(source))
+    if size is not None:
+        backbone.set_size({"height": size, "width": size} if isinstance(size, int) else size)
+    return backbone
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -424,8 +437,8 @@ def _adapter_for(index: dict[str, Any], source: str | Path) -> type[Backbone]:
     if kind is None:
         raise FewstepError(
             f"found a {index['_class_name']} with the network {network} in {source}, expected one of "
-            f"{sorted(BACKBONES)}, fix: write an adapter, a subclass of fewstep.models.Backbone (docs/backbones.md shows "
-            f"how), and register it with @register_backbone({str(network)!r}) in a module that you import, or as an "
+            f"{sorted(BACKBONES)}, fix: write an adapter, a subclass of fewstep.models.Backbone (docs/backbones.md), "
+            f"and register it with @register_backbone({str(network)!r}) in a module that you import, or as an "
             f"entry point of the group {ENTRY_POINTS!r} in your package"
         )
     if kind.pipeline_classes and index["_class_name"] not in kind.pipeline_classes:

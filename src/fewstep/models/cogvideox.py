@@ -10,20 +10,18 @@ from torch import Tensor, nn
 
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import in_batches
+from fewstep.models.pipelines import STATES, in_batches
 from fewstep.models.recipes import Recipe, Setting
-from fewstep.models.videos import call_default, frames_side, video_pixels
-
-STATES = "text_states"
-"""Condition key: text encoder states (B, L, width), padding included, to which the network attends as well."""
+from fewstep.models.sizes import Side, SizedBackbone, frames_side
+from fewstep.models.videos import call_default, video_pixels
 
 _BLADE = "Video-BLADE's released TDM for CogVideoX-5B (arXiv 2508.10774)"
 
 
 @register_backbone("CogVideoXTransformer3DModel")
-class CogVideoX(Backbone):
+class CogVideoX(SizedBackbone):
     """Adapter of `CogVideoXPipeline`, text to video: 2B, 5B and 1.5-5B. Latents (f, C, h, w)."""
 
     pipeline_classes = ("CogVideoXPipeline",)
@@ -91,7 +89,7 @@ class CogVideoX(Backbone):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
-        def encoded(batch: list[str]) -> Condition:
+        def encoded(batch: list[str]) -> Condition:  # no mask: the network attends to padding as well
             states, _ = self.pipeline.encode_prompt(
                 batch, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._text_length
             )

@@ -14,13 +14,11 @@ from fewstep.core.tensors import Condition
 from fewstep.models.adapters import shared_copy
 from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import decoded, encoded_images, in_batches, pixels, without_padding
+from fewstep.models.pipelines import MASK, STATES, decoded, encoded_images, in_batches, pixels, without_padding
+from fewstep.models.recipes import Recipe, Setting
 
-STATES, MASK = "text_states", "text_mask"
-"""Condition keys: text encoder states (B, L, width), and 1 where they are words and 0 where padding (B, L)."""
-
-BINNED_SIZES = (32, 64, 128)
-"""Latent sizes whose images the pipelines can fit to their tables of aspect ratios."""
+_BINNED_SIZES = (32, 64, 128)  # latent sizes whose images the pipelines can fit to their tables of aspect ratios
+_TDM = "TDM paper, app. D"
 
 
 @register_backbone("PixArtTransformer2DModel")
@@ -31,6 +29,15 @@ class PixArt(Backbone):
 
     pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "StepsAwarePixArtPipeline")
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    recipe = Recipe(
+        guidance_scale=Setting(3.5, _TDM),
+        shift=Setting(1.0, _TDM),
+        start_time=Setting(0.9, "TDM's demo: calls at 899, 674, 449, 224"),
+        critic_updates=Setting(1, _TDM),
+        student_rate=Setting(2e-6, _TDM),
+        critic_rate=Setting(2e-5, _TDM),
+        roles=Setting("copies", "TDM's demo"),
+    )
 
     @classmethod
     def pipeline_class(cls, name: str) -> Any:
@@ -42,8 +49,7 @@ class PixArt(Backbone):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        config = self.pipeline.transformer.config
-        return (config.in_channels, config.sample_size, config.sample_size)
+        return (self.pipeline.transformer.config.in_channels, self.side, self.side)
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype
@@ -112,7 +118,7 @@ class PixArt(Backbone):
     @property
     def student_call(self) -> dict[str, Any]:
         """The pipeline refuses sizes for which it has no table of aspect ratios, unless told not to look one up."""
-        binned = self.pipeline.transformer.config.sample_size in BINNED_SIZES
+        binned = self.side == self.stock_side and self.stock_side in _BINNED_SIZES
         return super().student_call | ({} if binned else {"use_resolution_binning": False})
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
@@ -132,5 +138,6 @@ class PixArt(Backbone):
             guidance_scale=1.0,
             use_resolution_binning=False,
             output_type="latent",
+            **self.size_arguments(),
             **call,
         ).images

@@ -17,18 +17,16 @@ from torch import Tensor, nn
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import dynamic_shift, in_batches, padded, pixels, without_padding
+from fewstep.models.pipelines import MASK, STATES, dynamic_shift, in_batches, padded, pixels, without_padding
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side, SizedBackbone
 from fewstep.models.videos import call_default, decoded_by_statistics, encoded_by_statistics
-
-STATES, MASK = "text_states", "text_mask"
-"""Condition keys: text states (B, 512, width), and 1 where they are words and 0 where padding (B, 512)."""
 
 
 @register_backbone("QwenImageTransformer2DModel")
-class QwenImage(Backbone):
+class QwenImage(SizedBackbone):
     """Adapter of `QwenImagePipeline`. Latents (C, h, w), packed as the network wants them at the border."""
 
     pipeline_classes = ("QwenImagePipeline",)
@@ -103,12 +101,12 @@ class QwenImage(Backbone):
     def teacher_grid(self, steps: int) -> Tensor:
         sigmas = np.linspace(1.0, 1 / steps, steps)
         height, width = self.latent_shape[1:]
-        mu = dynamic_shift(self.pipeline.scheduler, height * width // 4)
-        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=sigmas, mu=mu)
+        shift = dynamic_shift(self.pipeline.scheduler, height * width // 4)
+        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=sigmas, **shift)
 
     @property
     def student_call(self) -> dict[str, Any]:
-        return {"true_cfg_scale": 1, **self.told_size}
+        return {"true_cfg_scale": 1, **self._asked}
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
         def forward(hidden_states: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.grids import shifted
+from fewstep.core.guidance import Denoiser
 from fewstep.core.prediction import to_denoised
-from fewstep.core.process import DiscreteVP, Flow
-from fewstep.core.solvers import ddim
+from fewstep.core.process import DiscreteVP, Flow, Process
+from fewstep.core.solvers import ddim, noise_at
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone, SeededNoise, seeded_noise
@@ -28,6 +28,7 @@ _NOISE_SCHEDULE = (
 _TRAILING = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
 _RENOISING = {"clip_sample": False, "set_alpha_to_one": True}
 _TOLERANCE = 1e-4  # of the largest latent
+_SLACK_OF_LAW = 0.3  # of means over a latent's numbers, of which the smallest latents have few
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,18 @@ def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor], eta: float = 1
     Args:
         backbone: the teacher.
         grids: one time grid (K+1,) per step count K (`core.grids`).
-        eta: share of its own noise that a step keeps: 1, or 0 (fresh noise at every step: LCMScheduler, with the noise
-            that the pipeline draws from its generator).
+        eta: share of its own noise that a step keeps: 1, or 0, fresh noise at every step. On a discrete process that is
+            LCMScheduler, with the noise that the pipeline draws from its generator. On a flow it is FlowMatchEuler's
+            stochastic sampling: most pipelines draw that noise from torch's global generator, in their own layout, so
+            that theirs and our samples are of one law, but not equal number by number.
 
     Raises:
         FewstepError: none does; with the reason for each candidate.
     """
     stochastic = eta != 1 and any(len(grid) > 2 for grid in grids)  # one call has nothing to renoise
-    if stochastic and (eta != 0 or not isinstance(backbone.process, DiscreteVP)):
+    if stochastic and (eta != 0 or not isinstance(backbone.process, DiscreteVP | Flow)):
         raise FewstepError(
-            f"found eta = {eta} on the process {backbone.process.name}, expected 1, or 0 on a discrete process "
+            f"found eta = {eta} on the process {backbone.process.name}, expected 1, or 0 on a discrete or flow process "
             "(diffusers has no scheduler for others), fix: set eta to 1"
         )
     reasons = []
@@ -113,30 +116,26 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -
         from fewstep.models.flow_scheduler import FlowMatchStepsScheduler
 
         scale = int(backbone.process.time_scale)
+        config = {"num_train_timesteps": scale, "stochastic_sampling": stochastic}
         sigmas = {len(grid) - 1: grid[:-1].tolist() for grid in grids}
         in_full = {count: {"sigmas": sigmas[count]} for count in counts}
         shift = _shift_of(grids)
-        if (
-            shift is not None
-        ):  # for pipelines that space times evenly themselves, then for those that leave it all to it
-            yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=scale, shift=shift), by_count)
-            even = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)  # not in older versions
-            if even is not None:
-                yield Sampling(even(num_train_timesteps=scale, shift=shift), by_count)
-        yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=scale), in_full)
+        yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(**config, shift=shift), by_count)
+        even = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)  # for pipelines that leave the spacing to it
+        if even is not None and not stochastic:  # older versions of diffusers have none
+            yield Sampling(even(num_train_timesteps=scale, shift=shift), by_count)
+        yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(**config), in_full)
         named = {str(count): times for count, times in sigmas.items()}
-        yield Sampling(FlowMatchStepsScheduler(num_train_timesteps=scale, step_sigmas=named), by_count)
+        yield Sampling(FlowMatchStepsScheduler(**config, step_sigmas=named), by_count)
 
 
-def _shift_of(grids: Sequence[Tensor]) -> float | None:
-    """The shift of which all `grids` are shifted even ones from 1 to 0; None if there is none."""
-    shift = 1.0
-    for grid in grids:
-        if len(grid) > 2:
-            even = 1 - 1 / (len(grid) - 1)
-            shift = round(float(grid[1]) * (1 - even) / (even * (1 - float(grid[1]))), 6)
-    alike = all(torch.allclose(grid, shifted(len(grid) - 1, shift), rtol=0, atol=1e-6) for grid in grids)
-    return shift if alike else None
+def _shift_of(grids: Sequence[Tensor]) -> float:
+    """The shift of the longest of `grids`, if it is a shifted one."""
+    grid = max(grids, key=len)
+    if len(grid) < 3:
+        return 1.0
+    even, t = 1 - 1 / (len(grid) - 1), float(grid[1])
+    return round(t * (1 - even) / (even * (1 - t)), 6)
 
 
 def _snr_shifted(config: dict[str, Any], snr_shift: float) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def _problem(backbone: Backbone, sampling: Sampling, grid: Tensor, eta: float) -
         return torch.sin(2 * x + network_time.to(x).view(-1, *[1] * (x.ndim - 1)) / 200)
 
     def recorded(x: Tensor, network_time: Tensor) -> Tensor:
-        asked.append(float(network_time[0]))
+        asked.append((x, float(network_time[0])))
         return predict(x, network_time)
 
     def denoise(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -179,13 +178,37 @@ def _problem(backbone: Backbone, sampling: Sampling, grid: Tensor, eta: float) -
     noise = seeded_noise([0], backbone.latent_shape).to(backbone.device)
     call = sampling.calls[len(grid) - 1] | {"generator": torch.Generator().manual_seed(1)}
     try:
-        theirs = backbone.run_pipeline(recorded, sampling.scheduler, noise, **call)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            theirs = backbone.run_pipeline(recorded, sampling.scheduler, noise, **call)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         return f"the pipeline cannot drive it for {len(grid) - 1} steps ({error})"
-    wanted = process.network_time(grid[:-1]).tolist()
-    if len(asked) != len(wanted) or any(abs(a - b) > 1e-3 for a, b in zip(asked, wanted, strict=True)):
-        return f"calls the network at {asked} and not at {[round(time, 3) for time in wanted]}"
+    times, wanted = [time for _, time in asked], process.network_time(grid[:-1]).tolist()
+    if len(times) != len(wanted) or any(abs(a - b) > 1e-3 for a, b in zip(times, wanted, strict=True)):
+        return f"calls the network at {times} and not at {[round(time, 3) for time in wanted]}"
+    if eta == 0 and isinstance(process, Flow):
+        return _problem_of_law(process, denoise, [x for x, _ in asked], theirs, grid)
     fresh = SeededNoise([1])
     ours = ddim(denoise, noise * process.noise_scale, grid, process, {}, eta=eta, noise=lambda _, shape: fresh(shape))
     distance = float((ours - theirs).abs().max() / ours.abs().max())
     return f"lands {distance:.1e} of the latents' range away" if distance > _TOLERANCE else None
+
+
+def _problem_of_law(
+    process: Process, denoise: Denoiser, states: list[Tensor], last: Tensor, grid: Tensor
+) -> str | None:
+    """What is wrong with a path whose fresh noise cannot be foretold: each call must meet noise of its own, of spread
+    1, around what the call before denoised; None if nothing is."""
+    before, path = states[0], zip(grid[:-1], [*states[1:], last], grid[1:], strict=True)
+    noise = before
+    for t, landed, t_next in path:
+        denoised = denoise(before, t.to(before).expand(len(before)), {})
+        if t_next == 0:
+            distance = float((landed - denoised).abs().max() / denoised.abs().max())
+            return f"ends {distance:.1e} of the latents' range away" if distance > _TOLERANCE else None
+        fresh = noise_at(process, landed, denoised, t_next.to(before).expand(len(before)))
+        kept = float((fresh * noise).mean() / (fresh.std() * noise.std()))
+        if abs(float(fresh.std()) - 1) > _SLACK_OF_LAW or abs(kept) > _SLACK_OF_LAW:
+            return f"renoises with a spread of {float(fresh.std()):.2f} and keeps {kept:.2f} of the noise before"
+        before, noise = landed, fresh
+    return None

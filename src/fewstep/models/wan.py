@@ -10,7 +10,7 @@ the same numbers, without an embedding for each token in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,28 +18,25 @@ from torch import Tensor, nn
 
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import in_batches, rebuilt, stand_in
+from fewstep.models.pipelines import STATES, in_batches, rebuilt, stand_in
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side, SizedBackbone, frames_side
 from fewstep.models.videos import (
     call_default,
     decoded_by_statistics,
     encoded_by_statistics,
-    frames_side,
     video_pixels,
 )
 from fewstep.models.wan_experts import WanExperts
-
-STATES = "text_states"
-"""Condition key: text encoder states, zeros after the words (B, 512, width); the network attends to the zeros too."""
 
 _BLADE = "Video-BLADE's released TDM for Wan2.1-1.3B (arXiv 2508.10774)"
 _PHASED = "Phased DMD, arXiv 2510.27684, appendix B (Wan2.2-A14B)"
 
 
 @register_backbone("WanTransformer3DModel")
-class Wan(Backbone):
+class Wan(SizedBackbone):
     """Adapter of `WanPipeline`. Latents (C, f, h, w)."""
 
     pipeline_classes = ("WanPipeline",)
@@ -53,8 +50,8 @@ class Wan(Backbone):
         rank=Setting(64, _BLADE),
     )
 
-    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
-        super().__init__(pipeline, source, size)
+    def __init__(self, pipeline: Any, source: str) -> None:
+        super().__init__(pipeline, source)
         if pipeline.transformer_2 is not None and pipeline.config.boundary_ratio is not None:
             boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
             self.network = WanExperts(pipeline.transformer, pipeline.transformer_2, boundary).eval()
@@ -93,7 +90,7 @@ class Wan(Backbone):
     def encode(self, prompts: Sequence[str]) -> Condition:
         longest = call_default(self.pipeline, "max_sequence_length")
 
-        def encoded(batch: list[str]) -> Condition:
+        def encoded(batch: list[str]) -> Condition:  # zeros after the words, to which the network attends as well
             states, _ = self.pipeline.encode_prompt(
                 batch, do_classifier_free_guidance=False, device=self.device, max_sequence_length=longest
             )

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
+from fewstep.models.pipelines import STATES, decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side, SizedBackbone
 from fewstep.models.videos import call_default
 
-STATES, LENGTH = "text_states", "text_length"
-"""Condition keys: text states, words first (B, 512, width), and how many are words (B,)."""
+LENGTH = "text_length"
+"""Condition key: how many of the text states (B, 512, width) are words, which come first (B,)."""
 
 
 @register_backbone("ZImageTransformer2DModel")
-class ZImage(Backbone):
+class ZImage(SizedBackbone):
     """Adapter of `ZImagePipeline`. Latents (C, h, w)."""
 
     pipeline_classes = ("ZImagePipeline",)
@@ -93,13 +94,13 @@ class ZImage(Backbone):
 
     def teacher_grid(self, steps: int) -> Tensor:
         height, width = self.latent_shape[1:]
-        mu = dynamic_shift(self.pipeline.scheduler, height * width // 4)
+        shift = dynamic_shift(self.pipeline.scheduler, height * width // 4)
         sigmas = np.linspace(1.0, 1 / steps, steps)
-        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=sigmas, mu=mu)
+        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=sigmas, **shift)
 
     @property
     def student_call(self) -> dict[str, Any]:
-        return {"guidance_scale": 0, **self.told_size}
+        return {"guidance_scale": 0, **self._asked}
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
         def forward(x: list[Tensor], t: Tensor, texts: list[Tensor], **others: Any) -> tuple[list[Tensor]]:

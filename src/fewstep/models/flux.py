@@ -1,0 +1,142 @@
+"""FLUX.1: flow matching over packed latents; dev is told its guidance scale, schnell is not.
+
+Outside, latents are (B, C, h, w) as everywhere; packing 2x2 of them into one token is done at the border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.core import grids
+from fewstep.core.prediction import to_denoised
+from fewstep.core.tensors import Condition
+from fewstep.models.backbone import Backbone, Predict, register_backbone
+from fewstep.models.discriminator import blocks_at
+from fewstep.models.pipelines import (
+    POOLED,
+    STATES,
+    decoded,
+    dynamic_shift,
+    encoded_images,
+    in_batches,
+    pixels,
+)
+from fewstep.models.recipes import Recipe, Setting
+
+
+@register_backbone("FluxTransformer2DModel")
+class Flux(Backbone):
+    """Adapter of `FluxPipeline`.
+
+    FLUX.1-dev has classifier-free guidance distilled into it: all roles are told `embedded_guidance` (3.5), and
+    `teacher_guidance` is 1. A guidance scale above 1 is the pipeline's "true" guidance, with the empty prompt.
+    """
+
+    pipeline_classes = ("FluxPipeline",)
+    adapter_layers = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
+        "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
+    )  # fmt: skip
+    teacher_guidance = 1.0
+    recipe = Recipe(guidance_scale=Setting(1.0), shift=Setting(3.0))
+
+    def __init__(self, pipeline: Any, source: str) -> None:
+        super().__init__(pipeline, source)
+        self._told = bool(pipeline.transformer.config.guidance_embeds)
+        self.embedded_guidance = 3.5 if self._told else None
+        self.teacher_steps = 28 if self._told else 4
+
+    @property
+    def stock_side(self) -> int:
+        return self.pipeline.default_sample_size
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.pipeline.transformer.config.in_channels // 4, self.side, self.side)
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        dtype = next(network.parameters()).dtype
+        states = condition[STATES].to(dtype)
+        places = self.pipeline._prepare_latent_image_ids(len(x), self.side // 2, self.side // 2, x.device, dtype)
+        guidance = x.new_full((len(x),), self.embedded_guidance, dtype=torch.float32) if self._told else None
+        output = network(
+            hidden_states=self._packed(x).to(dtype),
+            timestep=self.process.network_time(t) / 1000,
+            guidance=guidance,
+            pooled_projections=condition[POOLED].to(dtype),
+            encoder_hidden_states=states,
+            txt_ids=states.new_zeros(states.shape[1], 3),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        output = self._unpacked(output.to(x.dtype))
+        return to_denoised(self.prediction, output, x, self.process.alpha(t), self.process.sigma(t))
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, h w / 4, 4 C)."""
+        return self.pipeline._pack_latents(x, len(x), *self.latent_shape)
+
+    def _unpacked(self, x: Tensor) -> Tensor:
+        """(B, h w / 4, 4 C) -> (B, C, h, w)."""
+        scale = self.pipeline.vae_scale_factor
+        return self.pipeline._unpack_latents(x, self.side * scale, self.side * scale, scale)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        def encoded(batch: list[str]) -> Condition:
+            states, pooled, _ = self.pipeline.encode_prompt(batch, device=self.device)
+            return {STATES: states, POOLED: pooled}
+
+        return in_batches(encoded, prompts)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return pixels(decoded(self.pipeline.vae, latents))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        return encoded_images(self.pipeline.vae, images)
+
+    def teacher_grid(self, steps: int) -> Tensor:
+        """Even steps through a shift that is the scheduler's own (schnell) or grows with the image (dev)."""
+        even = np.linspace(1.0, 1 / steps, steps)
+        shift = dynamic_shift(self.pipeline.scheduler, (self.side // 2) ** 2)
+        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=even, **shift)
+
+    def adapter_targets(self, layers: str) -> list[str]:
+        targets = super().adapter_targets(layers)
+        if layers != "attention+ff":
+            return targets
+        last = [name for name, _ in self.network.named_modules() if name.endswith(".proj_out")]
+        return targets + last  # in full: the network's own last layer is called proj_out as well
+
+    def tapped_blocks(self, network: nn.Module) -> list[nn.Module]:
+        parts = (network.get_submodule(name) for name in ("transformer_blocks", "single_transformer_blocks"))
+        return blocks_at([block for part in parts for block in part.children()])
+
+    def block_tokens(self, output: tuple[Tensor, Tensor]) -> Tensor:
+        return output[1]  # the image's; the first is the text's
+
+    @property
+    def feature_width(self) -> int:
+        return self.pipeline.transformer.inner_dim
+
+    def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
+        def forward(*, hidden_states: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:
+            return (self._packed(predict(self._unpacked(hidden_states), 1000 * timestep)),)
+
+        null = self.null_condition()
+        packed = self.stock_pipeline(forward, scheduler)(
+            prompt_embeds=null[STATES].expand(len(noise), -1, -1),
+            pooled_prompt_embeds=null[POOLED].expand(len(noise), -1),
+            latents=self._packed(noise),
+            output_type="latent",
+            **self.size_arguments(),
+            **call,
+        ).images
+        return self._unpacked(packed)
