@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from copy import copy
 from dataclasses import dataclass, field, make_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from fewstep.api import EMOJI, STUDENT_FOLDER, RoleOptions, distill, load_teacher
+from fewstep.api import EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.data.prompts import read_prompts
-from fewstep.methods import preset
-from fewstep.training.options import TrainOptions
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,8 @@ class RunOptions:
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    size: int = 0
+    """Side of the images in pixels; 0: what the teacher's pipeline makes."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; what is trained is float32."""
 
@@ -38,17 +40,18 @@ class RunOptions:
 def main(arguments: list[str]) -> None:
     """Parse, distil, say where the student is."""
     method = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tdm"
-    options = preset(method)
+    options, roles, train = defaults(_given(arguments, "--teacher") or EMOJI, method, _given(arguments, "--roles"))
 
-    parts = {"run": RunOptions, "roles": RoleOptions, "train": TrainOptions}
-    fields = [(name, kind, field(default_factory=kind)) for name, kind in parts.items()]
-    fields.append(("method", type(options), field(default_factory=lambda: options)))
+    parts: dict[str, Any] = {"run": RunOptions(), "roles": roles, "train": train, "method": options}
+    fields = [(name, type(part), field(default_factory=partial(copy, part))) for name, part in parts.items()]
     kind = make_dataclass("Distill", fields)
     kind.__doc__ = f"Distil a teacher into a few-step student by {method} ({options.build().paper})."
     args = parse(kind, f"distill {method}", arguments)
     run = args.run
     prompts = read_prompts(run.prompts) if run.prompts else None
-    teacher = load_teacher(run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device))
+    teacher = load_teacher(
+        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), size=run.size or None
+    )
     distill(
         teacher,
         args.method,
@@ -60,3 +63,13 @@ def main(arguments: list[str]) -> None:
     )
     if os.environ.get("RANK", "0") == "0":
         print(f"student: {run.out / STUDENT_FOLDER}", file=sys.stderr)
+
+
+def _given(arguments: list[str], name: str) -> str | None:
+    """The value of the option `name` among `arguments`: defaults follow from it before the rest is read."""
+    for place, word in enumerate(arguments):
+        if word == name and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if word.startswith(f"{name}="):
+            return word.removeprefix(f"{name}=")
+    return None
