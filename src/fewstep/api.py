@@ -17,8 +17,9 @@ from fewstep.data.real import RealScenes
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
 from fewstep.methods import METHODS, Options, PhasedOptions, preset
-from fewstep.models.backbone import Backbone, load_backbone
+from fewstep.models.backbone import Backbone, adapter_of, load_backbone
 from fewstep.models.export import save_student
+from fewstep.models.recipes import applied
 from fewstep.models.roles import Roles, build_roles
 from fewstep.models.schedulers import choose_scheduler
 from fewstep.models.student import Student, load_student
@@ -30,8 +31,19 @@ from fewstep.training.parallel import process_group
 EMOJI = "emoji"
 """The name of the embedded teacher."""
 STUDENT_FOLDER = "student"
+_OF_ROLES = ("roles", "rank", "student_rate", "critic_rate")  # settings that hold for a recipe's kind of roles alone
 
-__all__ = ["EMOJI", "RoleOptions", "distill", "evaluate", "export", "load_student", "load_teacher", "sample"]
+__all__ = [
+    "EMOJI",
+    "RoleOptions",
+    "defaults",
+    "distill",
+    "evaluate",
+    "export",
+    "load_student",
+    "load_teacher",
+    "sample",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +96,32 @@ def load_teacher(
     return Teacher(load_backbone(folder, dtype=dtype, device=device, size=told or None))
 
 
+def defaults(
+    teacher: Teacher | str | Path = EMOJI, method: str = "tdm", roles: str | None = None
+) -> tuple[Options, RoleOptions, TrainOptions]:
+    """The options of a method, of roles and of training that `distill` uses for `teacher` where it is given none.
+
+    They are the presets' and our own, with the recipe of the teacher's family (docs/backbones.md) in their place where
+    it has one. Recipes' learning rates are for the kind of roles they name; for another kind they are ours.
+
+    Args:
+        teacher: loaded, or what `load_teacher` takes; only its `model_index.json` is read.
+        method: a name of `fewstep methods`.
+        roles: the kind of roles; the recipe's unless told.
+    """
+    options, role_options, train_options = preset(method), RoleOptions(), TrainOptions()
+    if isinstance(teacher, Teacher):
+        source, kind = teacher.backbone.source, type(teacher.backbone)
+    else:
+        source, kind = str(teacher), None
+    if source == EMOJI or Path(source) == shipped(TEACHER_FOLDER):
+        return options, role_options, train_options
+    settings = (kind or adapter_of(source)).recipe.settings(method)
+    if roles is not None and "roles" in settings and roles != settings["roles"].value:
+        settings = {name: setting for name, setting in settings.items() if name not in _OF_ROLES}
+    return applied(options, settings), applied(role_options, settings), applied(train_options, settings)
+
+
 def distill(
     teacher: Teacher | str | Path = EMOJI,
     method: str | Options = "tdm",
@@ -101,16 +139,16 @@ def distill(
 
     Args:
         teacher: a loaded teacher, or what `load_teacher` takes.
-        method: a name of `fewstep methods`, or its options with some replaced
-            (`dataclasses.replace(preset("tdm"), steps=2)`).
+        method: a name of `fewstep methods`, then with the recipe of the teacher's family (`defaults`), or its options
+            with some replaced (`dataclasses.replace(preset("tdm"), steps=2)`).
         out: run folder: log, checkpoints, student. Refused if it holds another run.
         prompts: texts to train on; for the embedded teacher its own captions unless told.
         real: clean data for methods with a discriminator, such as `fewstep.data.real.RealImages`; for the embedded
             teacher its own scenes unless told.
         pairs: noise with the teacher's samples, for methods that regress to them; 1024 of
             `fewstep.data.pairs.TeacherPairs` unless told.
-        roles: how networks share weights.
-        train_options: iterations, rates, batch and the like.
+        roles: how networks share weights; as the family's recipe unless told.
+        train_options: iterations, rates, batch and the like; as the family's recipe unless told.
         hooks: what to call during the run; unless told, sample grids in `out`/samples and, for the embedded teacher,
             the judge's scores, as often as `train_options` says.
         resume: continue the run in `out`.
@@ -118,8 +156,10 @@ def distill(
     Raises:
         FewstepError: bad options or input, before any work.
     """
-    roles, train_options = roles or RoleOptions(), train_options or TrainOptions()
-    options = preset(method) if isinstance(method, str) else method
+    name = method if isinstance(method, str) else method.build().name
+    usual = defaults(teacher, name, None if roles is None else roles.roles)
+    options = usual[0] if isinstance(method, str) else method
+    roles, train_options = roles or usual[1], train_options or usual[2]
     if isinstance(options, PhasedOptions):
         from fewstep.several import distill_phases
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "one page that puts teachers and students side by side",
     "msd": "train one of several students, each for a part of the prompts",
     "methods": "the methods: paper, what they need, network forwards per iteration",
+    "backbones": "the families of teachers: adapters, pipelines, and what each is distilled with unless told",
     "teacher": "build, sample and measure the embedded teacher",
     "check": "run the known answers and print the table",
     "demo": "the whole promise in minutes: distil the embedded teacher and compare",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from copy import copy
 from dataclasses import dataclass, field, make_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from fewstep.api import EMOJI, STUDENT_FOLDER, RoleOptions, distill, load_teacher
+from fewstep.api import EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.data.prompts import read_prompts
-from fewstep.methods import preset
-from fewstep.training.options import TrainOptions
 
 
 @dataclass(kw_only=True)
@@ -31,12 +31,14 @@ class RunOptions:
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
-    height: int | None = None
-    """Of the teacher's samples in pixels, for families that make several sizes; its pipeline's own unless told."""
-    width: int | None = None
-    """Likewise."""
-    num_frames: int | None = None
-    """Frames of the teacher's videos, likewise."""
+    size: int = 0
+    """Side of the images in pixels; 0: what the teacher's pipeline makes."""
+    height: int = 0
+    """In pixels, for families that make more than squares; 0: --size."""
+    width: int = 0
+    """In pixels, likewise."""
+    num_frames: int = 0
+    """Frames of a video; 0: as many as the teacher's pipeline makes."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; what is trained is float32."""
 
@@ -44,11 +46,10 @@ class RunOptions:
 def main(arguments: list[str]) -> None:
     """Parse, distil, say where the student is."""
     method = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tdm"
-    options = preset(method)
+    options, roles, train = defaults(_given(arguments, "--teacher") or EMOJI, method, _given(arguments, "--roles"))
 
-    parts = {"run": RunOptions, "roles": RoleOptions, "train": TrainOptions}
-    fields = [(name, kind, field(default_factory=kind)) for name, kind in parts.items()]
-    fields.append(("method", type(options), field(default_factory=lambda: options)))
+    parts: dict[str, Any] = {"run": RunOptions(), "roles": roles, "train": train, "method": options}
+    fields = [(name, type(part), field(default_factory=partial(copy, part))) for name, part in parts.items()]
     kind = make_dataclass("Distill", fields)
     kind.__doc__ = f"Distil a teacher into a few-step student by {method} ({options.build().paper})."
     args = parse(kind, f"distill {method}", arguments)
@@ -58,9 +59,10 @@ def main(arguments: list[str]) -> None:
         run.teacher,
         dtype=getattr(torch, run.base_dtype),
         device=choose_device(run.device),
-        height=run.height,
-        width=run.width,
-        num_frames=run.num_frames,
+        size=run.size or None,
+        height=run.height or None,
+        width=run.width or None,
+        num_frames=run.num_frames or None,
     )
     distill(
         teacher,
@@ -73,3 +75,13 @@ def main(arguments: list[str]) -> None:
     )
     if os.environ.get("RANK", "0") == "0":
         print(f"student: {run.out / STUDENT_FOLDER}", file=sys.stderr)
+
+
+def _given(arguments: list[str], name: str) -> str | None:
+    """The value of the option `name` among `arguments`: defaults follow from it before the rest is read."""
+    for place, word in enumerate(arguments):
+        if word == name and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if word.startswith(f"{name}="):
+            return word.removeprefix(f"{name}=")
+    return None

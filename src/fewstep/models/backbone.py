@@ -380,6 +380,22 @@ def load_backbone(
     return backbone
 
 
+def built_in() -> list[type[Backbone]]:
+    """Our own adapters, each once, in the order in which they are registered."""
+    for family in _FAMILIES:
+        import_module(f"fewstep.models.{family}")
+    return [kind for kind in dict.fromkeys(BACKBONES.values()) if kind.__module__.startswith("fewstep.")]
+
+
+def adapter_of(source: str | Path, revision: str | None = None) -> type[Backbone]:
+    """The adapter of a pipeline folder or Hub id, told from `model_index.json` alone.
+
+    Raises:
+        FewstepError: as `load_backbone`.
+    """
+    return _adapter_for(_read_index(source, revision), source)
+
+
 def refuse_pickles(folder: Path) -> None:
     """Raises FewstepError if some part of a pipeline folder has weights only as pickles."""
     for part in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
@@ -459,8 +475,7 @@ def _adapter_for(index: dict[str, Any], source: str | Path) -> type[Backbone]:
 
 def _registered(*names: str) -> type[Backbone] | None:
     """The adapter for the first of `names` that has one: registered by hand, ours, or named by an installed package."""
-    for family in _FAMILIES:
-        import_module(f"fewstep.models.{family}")
+    built_in()
     for name in names:
         if name in BACKBONES:
             return BACKBONES[name]

@@ -31,6 +31,7 @@ class CogVideoX(SizedBackbone):
         guidance_scale=Setting(3.5, _BLADE),
         shift=Setting(2.0, "grid of TDM's released CogVideoX-2B student (arXiv 2503.06674)"),
         grid=Setting((1.0, 0.857, 0.666, 0.4), "timesteps 999, 856, 665, 399 of TDM's released CogVideoX-2B student"),
+        critic_updates=Setting(1, _BLADE),
         student_rate=Setting(1e-4, _BLADE),
         critic_rate=Setting(5e-4, _BLADE),
         rank=Setting(64, _BLADE),

@@ -32,11 +32,11 @@ class PixArt(Backbone):
     recipe = Recipe(
         guidance_scale=Setting(3.5, _TDM),
         shift=Setting(1.0, _TDM),
-        start_time=Setting(0.9, "TDM's demo: calls at 899, 674, 449, 224"),
+        start_time=Setting(1.0, _TDM),
         critic_updates=Setting(1, _TDM),
         student_rate=Setting(2e-6, _TDM),
         critic_rate=Setting(2e-5, _TDM),
-        roles=Setting("copies", "TDM's demo"),
+        roles=Setting("copies", "TDM's released demo"),
     )
 
     @classmethod

@@ -8,7 +8,7 @@ compared it with others on that family, so treat it as a first try.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 NOT_MEASURED = "not measured"
@@ -48,6 +48,31 @@ class Recipe:
     """Settings that another method than TDM has on this family, by the preset's name; they may name any option."""
 
     def settings(self, method: str) -> dict[str, Setting]:
-        """All settings for the preset called `method`, by name of the option."""
+        """Those that hold for the preset called `method`, by name of the option.
+
+        The path is the family's, whatever the method. Guidance, rates, critic updates and roles were chosen for TDM;
+        another method has them only with an entry in `by_method`, and guidance also where there is none to choose.
+        """
         own = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "by_method"}
-        return own | dict(self.by_method.get(method, {}))
+        more = dict(self.by_method.get(method, {}))
+        if not method.startswith("tdm"):
+            kept = _PATH + (_ROLES if more else ()) + (("guidance_scale",) if self.guidance_scale.value == 1 else ())
+            own = {name: own[name] for name in kept}
+        return own | more
+
+
+_PATH = ("shift", "start_time", "grid")
+_ROLES = ("roles", "rank")
+
+
+def applied(options: Any, settings: Mapping[str, Setting]) -> Any:
+    """`options`, a dataclass, with the values of `settings` where it has such a field and still has its default.
+
+    What a preset sets on purpose stays; so does the grid of a student of several step counts, or of another number.
+    """
+    values = {name: setting.value for name, setting in settings.items()}
+    fits = len(values.get("grid", ())) == getattr(options, "steps", None)
+    if not fits or getattr(options, "step_counts", None):
+        values.pop("grid", None)
+    untouched = [field.name for field in fields(options) if getattr(options, field.name) == field.default]
+    return replace(options, **{name: values[name] for name in untouched if name in values})

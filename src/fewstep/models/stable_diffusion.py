@@ -45,6 +45,7 @@ class StableDiffusion(Backbone):
                 "student_rate": Setting(1e-5, f"{_DMD2} (one step)"),
                 "critic_rate": Setting(1e-5, f"{_DMD2} (one step)"),
                 "gan_weight": Setting(1e-3, f"{_DMD2} (one step)"),
+                "roles": Setting("copies", f"{_DMD2} (one step)"),
             }
         },
     )
@@ -163,6 +164,7 @@ class StableDiffusionXL(StableDiffusion):
                 "student_rate": Setting(5e-7, _DMD2),
                 "critic_rate": Setting(5e-7, _DMD2),
                 "gan_weight": Setting(5e-3, _DMD2),
+                "roles": Setting("copies", _DMD2),
             }
         },
     )

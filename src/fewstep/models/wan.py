@@ -45,6 +45,7 @@ class Wan(SizedBackbone):
     recipe = Recipe(
         guidance_scale=Setting(5.0, _BLADE),
         shift=Setting(5.0, _PHASED),
+        critic_updates=Setting(1, _BLADE),
         student_rate=Setting(1e-4, _BLADE),
         critic_rate=Setting(5e-4, _BLADE),
         rank=Setting(64, _BLADE),
