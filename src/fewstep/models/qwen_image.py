@@ -20,7 +20,7 @@ from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import MASK, STATES, dynamic_shift, in_batches, padded, pixels, without_padding
-from fewstep.models.recipes import NOT_MEASURED, Recipe, Setting
+from fewstep.models.recipes import Recipe, Setting
 from fewstep.models.sizes import Side, SizedBackbone
 from fewstep.models.videos import call_default, decoded_by_statistics, encoded_by_statistics
 
@@ -36,7 +36,7 @@ class QwenImage(SizedBackbone):
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     )  # fmt: skip
     recipe = Recipe(
-        guidance_scale=Setting(4.0, NOT_MEASURED + " (the pipeline's own)"),
+        guidance_scale=Setting(4.0),  # the pipeline's own
         shift=Setting(3.0, "Phased DMD, arXiv 2510.27684, section 3"),
         student_rate=Setting(5e-5, "Phased DMD, arXiv 2510.27684, appendix B (DMD of a LoRA student)"),
         rank=Setting(64, "Phased DMD, arXiv 2510.27684, appendix B (alpha 8)"),

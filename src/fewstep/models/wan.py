@@ -78,7 +78,7 @@ class Wan(SizedBackbone):
         )
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        dtype = next(network.parameters()).dtype
+        dtype: Any = network.dtype  # some parameters stay float32 whatever the others are
         output = network(
             hidden_states=x.to(dtype),
             timestep=self.process.network_time(t),
