@@ -31,8 +31,12 @@ class RunOptions:
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
-    size: int = 0
-    """Side of the images in pixels; 0: what the teacher's pipeline makes."""
+    height: int | None = None
+    """Of the teacher's samples in pixels, for families that make several sizes; its pipeline's own unless told."""
+    width: int | None = None
+    """Likewise."""
+    num_frames: int | None = None
+    """Frames of the teacher's videos, likewise."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; what is trained is float32."""
 
@@ -50,7 +54,7 @@ def main(arguments: list[str]) -> None:
     run = args.run
     prompts = read_prompts(run.prompts) if run.prompts else None
     teacher = load_teacher(
-        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), size=run.size or None
+        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **sizes(run)
     )
     distill(
         teacher,
@@ -63,6 +67,11 @@ def main(arguments: list[str]) -> None:
     )
     if os.environ.get("RANK", "0") == "0":
         print(f"student: {run.out / STUDENT_FOLDER}", file=sys.stderr)
+
+
+def sizes(run: RunOptions) -> dict[str, int | None]:
+    """The sides of samples that the user named, as arguments of `load_teacher`."""
+    return {"height": run.height, "width": run.width, "num_frames": run.num_frames}
 
 
 def _given(arguments: list[str], name: str) -> str | None:

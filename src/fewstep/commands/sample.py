@@ -13,7 +13,7 @@ from fewstep.errors import FewstepError
 
 @dataclass(kw_only=True)
 class Sample:
-    """Draw pictures: one file for one prompt, a grid for several."""
+    """Draw pictures or videos: one file for one prompt, a grid for several."""
 
     student: str = EMOJI
     """A student's folder; or a teacher: `emoji`, a pipeline folder or a Hub id."""
@@ -30,25 +30,29 @@ class Sample:
     count: int = 1
     """Pictures per prompt."""
     out: Path = Path("sample.png")
-    """PNG file to write."""
+    """File to write: .png; of videos also .gif, .webp, or .mp4 (needs the extra `video`); .png is a contact sheet."""
     columns: int = 8
-    """Pictures in a row of the grid."""
+    """Pictures, or videos, in a row of the grid; frames in a row of a contact sheet."""
+    fps: int = 16
+    """Frames a second of videos, 1 or more."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
 
 
 def main(arguments: list[str]) -> None:
     """Parse, sample, write the picture."""
-    from fewstep.evaluation.pictures import save_pictures
+    from fewstep.evaluation.clips import save_samples
 
     args = parse(Sample, "sample", arguments)
     texts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not texts or not all(text.strip() for text in texts):
         raise FewstepError('found no prompt or an empty one, expected text, fix: pass --prompt "..." or --prompts FILE')
-    if args.count < 1 or args.columns < 1:
-        raise FewstepError(f"found count {args.count}, columns {args.columns}, expected 1 or more, fix: change them")
+    if min(args.count, args.columns, args.fps) < 1:
+        raise FewstepError(
+            f"found count {args.count}, columns {args.columns}, fps {args.fps}, expected 1 or more, fix: change them"
+        )
     texts = [text for text in texts for _ in range(args.count)]
     model = load(args.student, choose_device(args.device))
     more = guidance(model, args.guidance_scale)
     images = model.sample(texts, list(range(args.seed, args.seed + len(texts))), args.steps, **more)
-    print(save_pictures(args.out, images, args.columns))
+    print(save_samples(args.out, images, args.columns, args.fps))

@@ -313,7 +313,8 @@ def process_from_scheduler(config: Mapping[str, Any]) -> tuple[Process, str]:
     """
     family = str(config.get("_class_name", ""))
     prediction = config.get("prediction_type", "epsilon")
-    is_flow = "FlowMatch" in family or prediction == "flow_prediction" or bool(config.get("use_flow_sigmas"))
+    flow_family = "FlowMatch" in family or "FlowMap" in family
+    is_flow = flow_family or prediction == "flow_prediction" or bool(config.get("use_flow_sigmas"))
     if is_flow or (not family and "shift" in config and "beta_schedule" not in config):
         return Flow(config.get("num_train_timesteps", 1000)), "flow"
     if "EDM" in family or "sigma_data" in config:

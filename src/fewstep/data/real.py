@@ -50,7 +50,7 @@ class RealScenes:
 
 
 class RealImages:
-    """Shuffled passes over images (N, 3, H, W) with a text each.
+    """Shuffled passes over images (N, 3, H, W), or videos (N, F, 3, H, W), with a text each.
 
     Args:
         backbone: the teacher's; its latents have to have the images' proportions.
@@ -63,10 +63,11 @@ class RealImages:
     """
 
     def __init__(self, backbone: Encoder, images: Tensor, texts: Sequence[str], seed: int = 0) -> None:
-        if images.ndim != 4 or images.shape[1] != 3 or not 0 < len(images) == len(texts):
+        if images.ndim not in (4, 5) or images.shape[-3] != 3 or not 0 < len(images) == len(texts):
             raise FewstepError(
-                f"found images of shape {tuple(images.shape)} and {len(texts)} texts, expected (N, 3, H, W) with N "
-                "texts and N at least 1, fix: pass one text per image, channels before height"
+                f"found images of shape {tuple(images.shape)} and {len(texts)} texts, expected (N, 3, H, W), or "
+                "(N, F, 3, H, W) for videos, with N texts and N at least 1, fix: pass one text "
+                "each, channels before height"
             )
         if images.dtype != torch.uint8 and not bool((images.abs() <= 1).all()):
             raise FewstepError("found images beyond [-1, 1], expected uint8, or floats in [-1, 1], fix: rescale them")

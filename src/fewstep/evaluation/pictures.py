@@ -67,7 +67,15 @@ def replace_file(path: Path, content: bytes) -> Path:
 
 
 def save_pictures(path: Path, images: Tensor, columns: int = 8) -> Path:
-    """uint8 images (N, 3, H, W) as one PNG, pixel by pixel, in rows of `columns`; missing places are white."""
+    """uint8 images (N, 3, H, W) as one PNG, pixel by pixel, in rows of `columns`; missing places are white.
+
+    Videos (N, F, 3, H, W) become contact sheets: a row each, of at most `columns` frames evenly spaced from the first
+    to the last. `evaluation.clips.save_samples` writes them as films.
+    """
+    if images.ndim == 5:
+        frames = images.shape[1]
+        columns = min(columns, frames)
+        images = images[:, torch.linspace(0, frames - 1, columns).round().long()].flatten(0, 1)
     count, _, height, width = images.shape
     columns = min(columns, count)
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")

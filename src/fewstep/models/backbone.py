@@ -29,7 +29,8 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -52,7 +53,11 @@ BACKBONES: dict[str, type[Backbone]] = {}
 ENTRY_POINTS = "fewstep.backbones"
 """Group of the entry points by which other packages name adapters; each is called as its network or pipeline."""
 
-_FAMILIES = ("pixart", "stable_diffusion", "stable_diffusion_3", "flux", "sana")  # modules that register adapters
+_FAMILIES = (
+    "pixart", "stable_diffusion", "stable_diffusion_3", "flux", "sana", "qwen_image", "z_image", "cogvideox", "wan",
+)  # fmt: skip
+"""Modules beside this one whose import registers adapters."""
+
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: a package in diffusers, for safety checkers
 _OWN_LIBRARIES = (
     "fewstep.models.steps_aware", "fewstep.models.flow_scheduler", "fewstep.models.expert_networks",
@@ -62,12 +67,27 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 _Kind = TypeVar("_Kind", bound="type[Backbone]")
 
 
+@dataclass(frozen=True)
+class Side:
+    """What a side of the teacher's samples may be: `plus` and any multiple of `multiple`, in pixels or frames."""
+
+    usual: int
+    """What the pipeline makes unless told otherwise."""
+    multiple: int
+    plus: int = 0
+
+
 class Backbone(ABC):
     """A frozen pipeline as a teacher.
 
     Args:
         pipeline: the loaded diffusers pipeline; its network is frozen and put in eval mode.
         source: the folder or Hub id it came from.
+        size: height and width in pixels, num_frames in frames, where they are not to be the pipeline's own; see
+            `sides`.
+
+    Raises:
+        FewstepError: a size that the family does not have or cannot make.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
@@ -92,8 +112,13 @@ class Backbone(ABC):
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""
 
-    def __init__(self, pipeline: Any, source: str) -> None:
+    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
         self.pipeline, self.source = pipeline, source
+        self.told_size = dict(size or {})
+        """What of `size` is not the pipeline's own choice."""
+        self.size = {name: side.usual for name, side in self.sides.items()} | self.told_size
+        """Sides of a decoded sample, for families with `sides`."""
+        self._check_size()
         self.network: nn.Module = getattr(pipeline, self.network_name).requires_grad_(False).eval()
         """The teacher's network. Shared, never trained: see `fewstep.models.roles` for what is."""
         for part in self.pipeline.components.values():
@@ -104,38 +129,37 @@ class Backbone(ABC):
         self.prediction: str = prediction
         """What the network predicts, one of `fewstep.core.prediction.PREDICTIONS`."""
         self._null: Condition | None = None
-        self.image_size: int | None = None
-        """Side of the images in pixels where `set_image_size` said it; None for the stock pipeline's own."""
+
+    def _square(self, side: int, multiple: int) -> dict[str, Side]:
+        """`sides` of images that the pipeline makes square; both numbers are in latents, not pixels."""
+        scale = self.pipeline.vae_scale_factor
+        return dict.fromkeys(("height", "width"), Side(side * scale, multiple * scale))
 
     @property
-    def stock_side(self) -> int:
-        """Side of the square latents that the stock pipeline makes unless told otherwise."""
-        return getattr(self.pipeline, self.network_name).config.sample_size
+    def latent_sides(self) -> tuple[int, int]:
+        """Height and width of the latents of images."""
+        scale = self.pipeline.vae_scale_factor
+        return self.size["height"] // scale, self.size["width"] // scale
 
     @property
-    def side(self) -> int:
-        """Side of the square latents: `stock_side`, unless `set_image_size` changed it."""
-        return self.stock_side if self.image_size is None else self.image_size // self.pipeline.vae_scale_factor
+    def sides(self) -> dict[str, Side]:
+        """The sides that can be chosen when the teacher is loaded: of "height", "width" and "num_frames"; none here."""
+        return {}
 
-    def set_image_size(self, size: int) -> None:
-        """Make images of another size from now on, teacher and students alike.
-
-        Args:
-            size: side in pixels, a multiple of what one token of the network covers.
-        """
-        config = getattr(self.pipeline, self.network_name).config
-        unit = self.pipeline.vae_scale_factor * max(2, getattr(config, "patch_size", None) or 1)
-        if size < unit or size % unit:
-            raise FewstepError(
-                f"found an image size of {size} pixels, expected a multiple of {unit}, fix: round it to "
-                f"{max(1, round(size / unit)) * unit}"
-            )
-        self.image_size = size
-
-    def size_arguments(self) -> dict[str, int]:
-        """Height and width in pixels, as arguments of the pipeline's call."""
-        pixels = self.side * self.pipeline.vae_scale_factor
-        return {"height": pixels, "width": pixels}
+    def _check_size(self) -> None:
+        for name, value in self.told_size.items():
+            side = self.sides.get(name)
+            if side is None:
+                raise FewstepError(
+                    f"found {name} = {value} for {type(self).__name__}, expected "
+                    f"{' or '.join(self.sides) or 'no size, as its samples have one size'}, fix: leave {name} out"
+                )
+            if value < 1 or value % side.multiple != side.plus:
+                more = f" and {side.plus} more" if side.plus else ""
+                near = max(value // side.multiple, 1) * side.multiple + side.plus
+                raise FewstepError(
+                    f"found {name} = {value}, expected a multiple of {side.multiple}{more}, fix: {name} = {near}"
+                )
 
     @property
     @abstractmethod
@@ -162,7 +186,10 @@ class Backbone(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, *latent_shape) -> images (B, 3, H, W) uint8 on the CPU, the very pixels the pipeline returns."""
+        """(B, *latent_shape) -> uint8 on the CPU, the very pixels the pipeline returns.
+
+        Images are (B, 3, H, W), videos (B, F, 3, H, W).
+        """
 
     def steps_aware(self) -> nn.Module:
         """The network as its steps-aware kind, sharing the teacher's weights; new weights make no difference yet.
@@ -187,8 +214,7 @@ class Backbone(ABC):
     @property
     def student_call(self) -> dict[str, Any]:
         """Arguments, besides prompt and steps, with which the stock pipeline samples a student at its own size."""
-        size = {} if self.image_size is None else self.size_arguments()
-        return {"guidance_scale": self.embedded_guidance or 1, **size}
+        return {"guidance_scale": self.embedded_guidance or 1, **self.told_size}
 
     @abstractmethod
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
@@ -244,7 +270,9 @@ class Backbone(ABC):
         raise NotImplementedError
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] as latents (B, *latent_shape), by the pipeline's own autoencoder.
+        """Images (B, 3, H, W), or videos (B, F, 3, H, W), in [-1, 1] as latents (B, *latent_shape).
+
+        By the pipeline's own autoencoder.
 
         Needed where images are real data of a discriminator.
         """
@@ -309,7 +337,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     revision: str | None = None,
-    size: int | None = None,
+    size: Mapping[str, int] | None = None,
 ) -> Backbone:
     """Load any pipeline whose network has an adapter.
 
@@ -318,11 +346,11 @@ def load_backbone(
         dtype: of all weights: float32, or bfloat16 for a frozen base that takes half the memory.
         device: where to put it.
         revision: branch, tag or commit on the Hub.
-        size: side of the images in pixels; the pipeline's own unless told.
+        size: height, width, num_frames of its samples, where they are not to be the pipeline's own (`Backbone.sides`).
 
     Raises:
         FewstepError: no pipeline there, no adapter for its network, weights that are pickles, or parts that would need
-            code from the folder.
+            code from the folder, or a size that the family does not have.
     """
     from diffusers import DiffusionPipeline
 
@@ -345,10 +373,7 @@ def load_backbone(
             f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
-    backbone = kind(pipeline.to(device), str(source))
-    if size is not None:
-        backbone.set_image_size(size)
-    return backbone
+    return kind(pipeline.to(device), str(source), size)
 
 
 def built_in() -> list[type[Backbone]]:

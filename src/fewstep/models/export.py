@@ -81,8 +81,8 @@ def save_student(
         "eta": eta,
         "grids": {str(len(grid) - 1): (grid / start).tolist() for grid in grids},
         "call": {str(count): call for count, call in sampling.calls.items()},
+        "size": backbone.told_size,
         "embedded_guidance": backbone.embedded_guidance,
-        "image_size": backbone.image_size,
         "versions": _versions(),
         "details": dict(details or {}),
     }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.grids import shifted
 from fewstep.core.guidance import Denoiser
 from fewstep.core.prediction import to_denoised
 from fewstep.core.process import DiscreteVP, Flow, Process
@@ -86,7 +87,12 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -
 
     counts = [len(grid) - 1 for grid in grids]
     by_count = {count: {"num_inference_steps": count} for count in counts}
-    config = {key: value for key, value in backbone.pipeline.scheduler.config.items() if key in _NOISE_SCHEDULE}
+    teachers = backbone.pipeline.scheduler.config
+    config = {key: value for key, value in teachers.items() if key in _NOISE_SCHEDULE}
+    snr_shift = teachers.get("snr_shift_scale")
+    if snr_shift is not None and not stochastic:  # CogVideoX
+        yield Sampling(diffusers.CogVideoXDDIMScheduler(**config, **_TRAILING, snr_shift_scale=snr_shift), by_count)
+    config |= _snr_shifted(config, snr_shift or 1.0)
     if isinstance(backbone.process, DiscreteVP) and stochastic:
         levels = backbone.process.num_steps
         yield Sampling(diffusers.LCMScheduler(**config, **_RENOISING, original_inference_steps=levels), by_count)
@@ -111,10 +117,15 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -
         from fewstep.models.flow_scheduler import FlowMatchStepsScheduler
 
         scale = int(backbone.process.time_scale)
-        config = {"num_train_timesteps": scale, "stochastic_sampling": stochastic}
         sigmas = {len(grid) - 1: grid[:-1].tolist() for grid in grids}
         in_full = {count: {"sigmas": sigmas[count]} for count in counts}
-        yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(**config, shift=_shift_of(grids)), by_count)
+        config = {"num_train_timesteps": scale, "stochastic_sampling": stochastic}
+        shift = _shift_of(grids)
+        if shift is not None:  # for pipelines that space times evenly, then for those that leave it all to it
+            yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(**config, shift=shift), by_count)
+            even = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)  # not in older versions
+            if even is not None and not stochastic:
+                yield Sampling(even(num_train_timesteps=scale, shift=shift), by_count)
         yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(**config), in_full)
         if stochastic:
             return
@@ -122,13 +133,28 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -
         yield Sampling(FlowMatchStepsScheduler(num_train_timesteps=scale, step_sigmas=named), by_count)
 
 
-def _shift_of(grids: Sequence[Tensor]) -> float:
-    """The shift of the longest of `grids`, if it is a shifted one."""
-    grid = max(grids, key=len)
-    if len(grid) < 3:
-        return 1.0
-    even, t = 1 - 1 / (len(grid) - 1), float(grid[1])
-    return round(t * (1 - even) / (even * (1 - t)), 6)
+def _shift_of(grids: Sequence[Tensor]) -> float | None:
+    """The shift of which all `grids` are shifted even ones from 1 to 0; None if there is none."""
+    shift = 1.0
+    for grid in grids:
+        if len(grid) > 2:
+            even = 1 - 1 / (len(grid) - 1)
+            shift = round(float(grid[1]) * (1 - even) / (even * (1 - float(grid[1]))), 6)
+    alike = all(torch.allclose(grid, shifted(len(grid) - 1, shift), rtol=0, atol=1e-6) for grid in grids)
+    return shift if alike else None
+
+
+def _snr_shifted(config: dict[str, Any], snr_shift: float) -> dict[str, Any]:
+    """What replaces the betas of `config` so that schedulers without a shift of the SNR have CogVideoX's levels."""
+    from diffusers import DDIMScheduler
+
+    if snr_shift == 1:
+        return {}
+    unscaled = DDIMScheduler(**config | {"rescale_betas_zero_snr": False})
+    levels = unscaled.alphas_cumprod.double()
+    levels = levels / (snr_shift + (1 - snr_shift) * levels)
+    betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+    return {"trained_betas": betas.tolist()}
 
 
 def _first_levels(config: dict[str, Any], levels: int) -> dict[str, Any]:

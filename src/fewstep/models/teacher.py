@@ -85,7 +85,7 @@ class Teacher:
         solver: str = "ddim",
         batch: int = 32,
     ) -> Tensor:
-        """Images (B, 3, H, W) uint8 on the CPU.
+        """Images (B, 3, H, W), or videos (B, F, 3, H, W), uint8 on the CPU.
 
         Args:
             prompts: B prompts.

@@ -1,0 +1,148 @@
+"""Wan2.1 and Wan2.2, text to video: flow over videos, channels before frames.
+
+Wan2.2-A14B has two networks, one for times at or above `boundary_ratio` and one below. Here they are one
+(`WanExperts`), so that teacher, student and critic have both; a student is saved as two networks again. The pipeline
+may guide the second one with another scale (`guidance_scale_2`); here both have one.
+
+Wan2.2-5B is told a time for each token. All tokens of a text-to-video sample have the same, so it is told once here:
+the same numbers, without an embedding for each token in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.prediction import to_denoised
+from fewstep.core.tensors import Condition
+from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.discriminator import blocks_at
+from fewstep.models.pipelines import in_batches, rebuilt, stand_in
+from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.videos import (
+    call_default,
+    decoded_by_statistics,
+    encoded_by_statistics,
+    frames_side,
+    video_pixels,
+)
+from fewstep.models.wan_experts import WanExperts
+
+STATES = "text_states"
+"""Condition key: text encoder states, zeros after the words (B, 512, width); the network attends to the zeros too."""
+
+_BLADE = "Video-BLADE's released TDM for Wan2.1-1.3B (arXiv 2508.10774)"
+_PHASED = "Phased DMD, arXiv 2510.27684, appendix B (Wan2.2-A14B)"
+
+
+@register_backbone("WanTransformer3DModel")
+class Wan(Backbone):
+    """Adapter of `WanPipeline`. Latents (C, f, h, w)."""
+
+    pipeline_classes = ("WanPipeline",)
+    teacher_guidance = 5.0  # the pipeline's own
+    adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    recipe = Recipe(
+        guidance_scale=Setting(5.0, _BLADE),
+        shift=Setting(5.0, _PHASED),
+        student_rate=Setting(1e-4, _BLADE),
+        critic_rate=Setting(5e-4, _BLADE),
+        rank=Setting(64, _BLADE),
+    )
+
+    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
+        super().__init__(pipeline, source, size)
+        if pipeline.transformer_2 is not None and pipeline.config.boundary_ratio is not None:
+            boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
+            self.network = WanExperts(pipeline.transformer, pipeline.transformer_2, boundary).eval()
+
+    @property
+    def sides(self) -> dict[str, Side]:
+        pipeline, patch = self.pipeline, self.pipeline.transformer.config.patch_size
+        height, width, frames = (call_default(pipeline, name) for name in ("height", "width", "num_frames"))
+        return {
+            "height": Side(height, max(16, pipeline.vae_scale_factor_spatial * patch[1])),
+            "width": Side(width, max(16, pipeline.vae_scale_factor_spatial * patch[2])),
+            "num_frames": frames_side(frames, pipeline.vae_scale_factor_temporal),
+        }
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        pipeline = self.pipeline
+        return (
+            pipeline.transformer.config.in_channels,
+            (self.size["num_frames"] - 1) // pipeline.vae_scale_factor_temporal + 1,
+            self.size["height"] // pipeline.vae_scale_factor_spatial,
+            self.size["width"] // pipeline.vae_scale_factor_spatial,
+        )
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        dtype = next(network.parameters()).dtype
+        output = network(
+            hidden_states=x.to(dtype),
+            timestep=self.process.network_time(t),
+            encoder_hidden_states=condition[STATES].to(dtype),
+            return_dict=False,
+        )[0].to(x.dtype)
+        return to_denoised(self.prediction, output, x, self.process.alpha(t), self.process.sigma(t))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        longest = call_default(self.pipeline, "max_sequence_length")
+
+        def encoded(batch: list[str]) -> Condition:
+            states, _ = self.pipeline.encode_prompt(
+                batch, do_classifier_free_guidance=False, device=self.device, max_sequence_length=longest
+            )
+            return {STATES: states}
+
+        return in_batches(encoded, prompts)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return video_pixels(decoded_by_statistics(self.pipeline.vae, latents))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Videos (B, F, 3, H, W) in [-1, 1] as latents (B, *latent_shape)."""
+        return encoded_by_statistics(self.pipeline.vae, images.transpose(1, 2))
+
+    def tapped_blocks(self, network: nn.Module) -> list[nn.Module]:
+        if isinstance(network, WanExperts):  # which of the two computes differs from sample to sample
+            return super().tapped_blocks(network)
+        return blocks_at(list(network.get_submodule("blocks").children()))
+
+    @property
+    def feature_width(self) -> int:
+        config = self.pipeline.transformer.config
+        return config.num_attention_heads * config.attention_head_dim
+
+    def pipeline_with(self, network: nn.Module, scheduler: Any) -> Any:
+        if not isinstance(network, WanExperts):
+            return super().pipeline_with(network, scheduler)
+        return rebuilt(self.pipeline, transformer=network.high, transformer_2=network.low, scheduler=scheduler)
+
+    def stock_pipeline(self, forward: Callable[..., tuple[Tensor]], scheduler: Any) -> Any:
+        if not isinstance(self.network, WanExperts):
+            return super().stock_pipeline(forward, scheduler)
+        parts = {name: stand_in(getattr(self.pipeline, name), forward) for name in ("transformer", "transformer_2")}
+        pipeline = rebuilt(self.pipeline, scheduler=scheduler, **parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
+        def forward(hidden_states: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:
+            return (predict(hidden_states, timestep[:, 0] if timestep.ndim == 2 else timestep),)
+
+        states = self.null_condition()[STATES]
+        return self.stock_pipeline(forward, scheduler)(
+            prompt_embeds=states.expand(len(noise), -1, -1),
+            latents=noise.to(self.device),
+            guidance_scale=1.0,
+            output_type="latent",
+            **self.size,
+            **call,
+        ).frames

@@ -1,0 +1,160 @@
+"""Qwen-Image, Z-Image, CogVideoX and Wan: adapters are the families' own pipelines, students load in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_flows
+import torch
+from diffusers import DiffusionPipeline
+from tiny_flows import PROMPTS
+from tiny_pixart import assert_latents_close
+from torch import Tensor
+
+import fewstep
+from fewstep.core.process import DiscreteVP
+from fewstep.data.real import RealImages
+from fewstep.methods import preset
+from fewstep.models.student import Student
+from fewstep.models.teacher import Teacher
+from fewstep.models.wan_experts import WanExperts
+from fewstep.training.options import TrainOptions
+
+SEEDS = [4, 5, 6]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a tiny pipeline is made, at which size, and how its call names what we call guidance."""
+
+    build: Callable[[], Any]
+    size: dict[str, int] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    scale: str = "guidance_scale"
+    offset: float = 0.0
+    """Their scale less ours."""
+
+
+VIDEO = {"height": 16, "width": 32, "num_frames": 5}
+COG = {"max_sequence_length": 12}
+FAMILIES = {
+    "qwen-image": Family(tiny_flows.qwen_image, {"height": 24, "width": 16}, {}, "true_cfg_scale"),
+    "z-image": Family(tiny_flows.z_image, {"height": 12, "width": 16}, offset=-1),
+    "cogvideox-2b": Family(tiny_flows.cogvideox, {}, COG),
+    "cogvideox-5b": Family(lambda: tiny_flows.cogvideox("5b"), {"height": 24, "width": 16, "num_frames": 5}, COG),
+    "cogvideox-1.5": Family(lambda: tiny_flows.cogvideox("1.5"), {}, COG),
+    "wan2.1": Family(tiny_flows.wan, VIDEO),
+    "wan2.2-a14b": Family(lambda: tiny_flows.wan("a14b"), VIDEO),
+    "wan2.2-5b": Family(lambda: tiny_flows.wan("5b"), VIDEO),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, its saved tiny pipeline, and the teacher that our loader makes of it."""
+
+    family: Family
+    folder: Path
+    teacher: Teacher
+
+    @property
+    def two_networks(self) -> bool:
+        return isinstance(self.teacher.backbone.network, WanExperts)
+
+    def theirs(self, pipeline: Any, scale: float, steps: int, **more: Any) -> Any:
+        """What a pipeline makes of the prompts at our guidance scale; latents unless told."""
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        told = {self.family.scale: scale + self.family.offset, "negative_prompt": [""] * len(PROMPTS)}
+        if scale == 1:
+            told.pop("negative_prompt")
+        call = {"output_type": "latent", "num_inference_steps": steps, **self.family.size, **self.family.call}
+        output = pipeline(list(PROMPTS), generator=generators, **{**call, **told, **more})
+        return output.frames if hasattr(output, "frames") else output.images
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """As ours: the pipeline of Qwen-Image returns packed latents."""
+        if self.family.scale != "true_cfg_scale":
+            return latents
+        from fewstep.models.qwen_image import unpack
+
+        return unpack(latents, self.teacher.backbone.latent_shape)
+
+
+def stock(folder: Path) -> Any:
+    """The pipeline of a folder as diffusers loads it."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Read-only for tests."""
+    family = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp("teacher") / request.param
+    family.build().save_pretrained(folder)
+    return Case(family, folder, fewstep.load_teacher(folder, **family.size))
+
+
+def without_rescaling(pipeline: Any, scale: float, negative: tuple[Tensor, Tensor]) -> None:
+    """Let the network of Qwen-Image's pipeline guide plainly by itself."""
+    network = pipeline.transformer
+    own = network.forward
+
+    def forward(**told: Any) -> tuple[Tensor]:
+        (conditional,) = own(**told)
+        states, mask = negative
+        (unconditional,) = own(**{**told, "encoder_hidden_states": states, "encoder_hidden_states_mask": mask})
+        return (unconditional + scale * (conditional - unconditional),)
+
+    network.forward = forward
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.5])
+def test_the_teacher_samples_what_the_pipeline_samples(case: Case, scale: float) -> None:
+    pipeline, told = stock(case.folder), scale
+    if case.family.scale == "true_cfg_scale" and scale != 1:
+        without_rescaling(pipeline, scale, pipeline.encode_prompt([""] * len(PROMPTS)))
+        told = 1.0
+    theirs = case.unpacked(case.theirs(pipeline, told, 4))
+    ours = case.teacher.latents(PROMPTS, SEEDS, 4, guidance_scale=scale)
+    assert_latents_close(ours, theirs, 1e-5)
+    if scale != 1:
+        plain = case.teacher.latents(PROMPTS, SEEDS, 4, guidance_scale=1)
+        assert (plain - ours).abs().max() > 3e-4 * ours.abs().max()  # so that guidance was seen
+
+
+def test_pictures_are_the_pipelines_own(case: Case) -> None:
+    theirs = case.theirs(stock(case.folder), 1.0, 2, output_type="np")
+    ours = case.teacher.sample(PROMPTS, SEEDS, 2, guidance_scale=1)
+    assert ours.dtype == torch.uint8
+    channels_last = np.asarray(ours.movedim(-3, -1))
+    assert channels_last.shape == theirs.shape
+    assert np.abs(channels_last / 255 - theirs).max() < 1.01 / 255
+
+
+@pytest.mark.parametrize("method", ["tdm", "dmd2"])
+def test_a_student_loads_in_the_stock_pipeline(case: Case, method: str, tmp_path: Path) -> None:
+    """After three iterations; DMD2 with its discriminator, and with fresh noise where the process has a scheduler."""
+    options, real, backbone = preset(method), None, case.teacher.backbone
+    if method == "dmd2":
+        eta = 0.0 if isinstance(backbone.process, DiscreteVP) else 1.0
+        options = replace(options, eta=eta, critic_updates=2, gan_weight=0.0 if case.two_networks else 5e-3)
+        real = RealImages(backbone, case.teacher.sample(PROMPTS, SEEDS, 2, guidance_scale=1), PROMPTS)
+    train = TrainOptions(iterations=3, batch=2, warmup=1, student_rate=1e-2, tensorboard=False)
+    student = fewstep.distill(
+        case.teacher, options, out=tmp_path / "run", prompts=PROMPTS, real=real, train_options=train
+    )
+    count = max(student.grids)
+    ours = student.latents(PROMPTS, SEEDS)
+    untrained = Student(backbone, backbone.network, student.grids, False, {}, student.eta).latents(PROMPTS, SEEDS)
+    assert (ours - untrained).abs().max() > 1e-3 * ours.abs().max()
+    call = {name: value for name, value in student.card["call"][str(count)].items() if name != "num_inference_steps"}
+    theirs = case.unpacked(case.theirs(stock(tmp_path / "run" / "student"), 1.0, count, **call))
+    assert_latents_close(ours, theirs, 1e-4)
+    print(student.card["call"], type(student.backbone.pipeline.scheduler))
