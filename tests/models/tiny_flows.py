@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights of the families with flow and video networks."""
+"""Tiny pipelines with random weights of Qwen-Image, Z-Image, CogVideoX and Wan."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from copy import copy
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,14 +31,20 @@ class RunOptions:
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the frozen teacher's weights; what is trained is float32."""
+
+
+@dataclass(kw_only=True)
+class SizeOptions:
+    """What the teacher and its student make, where the family makes several sizes."""
+
     height: int | None = None
-    """Of the teacher's samples in pixels, for families that make several sizes; its pipeline's own unless told."""
+    """Of the samples in pixels; the teacher's pipeline's own unless told."""
     width: int | None = None
     """Likewise."""
     num_frames: int | None = None
-    """Frames of the teacher's videos, likewise."""
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen teacher's weights; what is trained is float32."""
+    """Frames of videos, likewise."""
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +52,13 @@ def main(arguments: list[str]) -> None:
     method = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tdm"
     options, roles, train = defaults(_given(arguments, "--teacher") or EMOJI, method, _given(arguments, "--roles"))
 
-    parts: dict[str, Any] = {"run": RunOptions(), "roles": roles, "train": train, "method": options}
+    parts: dict[str, Any] = {
+        "run": RunOptions(),
+        "size": SizeOptions(),
+        "roles": roles,
+        "train": train,
+        "method": options,
+    }
     fields = [(name, type(part), field(default_factory=partial(copy, part))) for name, part in parts.items()]
     kind = make_dataclass("Distill", fields)
     kind.__doc__ = f"Distil a teacher into a few-step student by {method} ({options.build().paper})."
@@ -54,7 +66,7 @@ def main(arguments: list[str]) -> None:
     run = args.run
     prompts = read_prompts(run.prompts) if run.prompts else None
     teacher = load_teacher(
-        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **sizes(run)
+        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **asdict(args.size)
     )
     distill(
         teacher,
@@ -67,11 +79,6 @@ def main(arguments: list[str]) -> None:
     )
     if os.environ.get("RANK", "0") == "0":
         print(f"student: {run.out / STUDENT_FOLDER}", file=sys.stderr)
-
-
-def sizes(run: RunOptions) -> dict[str, int | None]:
-    """The sides of samples that the user named, as arguments of `load_teacher`."""
-    return {"height": run.height, "width": run.width, "num_frames": run.num_frames}
 
 
 def _given(arguments: list[str], name: str) -> str | None:

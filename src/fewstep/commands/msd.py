@@ -9,7 +9,7 @@ import torch
 
 from fewstep.api import RoleOptions, load_teacher
 from fewstep.commands.common import choose_device, parse
-from fewstep.commands.distill import RunOptions, sizes
+from fewstep.commands.distill import RunOptions
 from fewstep.data.prompts import read_prompts
 from fewstep.errors import FewstepError
 from fewstep.methods import preset
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     args = parse(kind, f"msd {method}", arguments)
     run, part = args.run, args.part
     distill_part(
-        load_teacher(run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **sizes(run)),
+        load_teacher(run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device)),
         part.part,
         out=run.out,
         parts=part.parts,

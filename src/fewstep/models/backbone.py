@@ -30,7 +30,6 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -46,6 +45,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.pipelines import rebuilt, stand_in
 from fewstep.models.quiet import quiet_libraries
 from fewstep.models.recipes import Recipe
+from fewstep.models.sizes import Side, chosen_size
 
 BACKBONES: dict[str, type[Backbone]] = {}
 """Adapters by the class name of the pipeline or network in `model_index.json`; filled by `register_backbone`."""
@@ -65,16 +65,6 @@ _OWN_LIBRARIES = (
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 Predict = Callable[[Tensor, Tensor], Tensor]
 _Kind = TypeVar("_Kind", bound="type[Backbone]")
-
-
-@dataclass(frozen=True)
-class Side:
-    """What a side of the teacher's samples may be: `plus` and any multiple of `multiple`, in pixels or frames."""
-
-    usual: int
-    """What the pipeline makes unless told otherwise."""
-    multiple: int
-    plus: int = 0
 
 
 class Backbone(ABC):
@@ -116,9 +106,8 @@ class Backbone(ABC):
         self.pipeline, self.source = pipeline, source
         self.told_size = dict(size or {})
         """What of `size` is not the pipeline's own choice."""
-        self.size = {name: side.usual for name, side in self.sides.items()} | self.told_size
-        """Sides of a decoded sample, for families with `sides`."""
-        self._check_size()
+        self.size = chosen_size(self.sides, self.told_size, type(self).__name__)
+        """All sides of a decoded sample, as arguments of the pipeline's call."""
         self.network: nn.Module = getattr(pipeline, self.network_name).requires_grad_(False).eval()
         """The teacher's network. Shared, never trained: see `fewstep.models.roles` for what is."""
         for part in self.pipeline.components.values():
@@ -145,21 +134,6 @@ class Backbone(ABC):
     def sides(self) -> dict[str, Side]:
         """The sides that can be chosen when the teacher is loaded: of "height", "width" and "num_frames"; none here."""
         return {}
-
-    def _check_size(self) -> None:
-        for name, value in self.told_size.items():
-            side = self.sides.get(name)
-            if side is None:
-                raise FewstepError(
-                    f"found {name} = {value} for {type(self).__name__}, expected "
-                    f"{' or '.join(self.sides) or 'no size, as its samples have one size'}, fix: leave {name} out"
-                )
-            if value < 1 or value % side.multiple != side.plus:
-                more = f" and {side.plus} more" if side.plus else ""
-                near = max(value // side.multiple, 1) * side.multiple + side.plus
-                raise FewstepError(
-                    f"found {name} = {value}, expected a multiple of {side.multiple}{more}, fix: {name} = {near}"
-                )
 
     @property
     @abstractmethod

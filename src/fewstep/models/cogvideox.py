@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import in_batches
+from fewstep.models.pipelines import STATES, in_batches
 from fewstep.models.recipes import Recipe, Setting
-from fewstep.models.videos import call_default, frames_side, video_pixels
-
-STATES = "text_states"
-"""Condition key: text encoder states (B, L, width), padding included, to which the network attends as well."""
+from fewstep.models.sizes import Side, frames_side
+from fewstep.models.videos import call_default, video_pixels
 
 _BLADE = "Video-BLADE's released TDM for CogVideoX-5B (arXiv 2508.10774)"
 
@@ -33,6 +31,7 @@ class CogVideoX(Backbone):
         guidance_scale=Setting(3.5, _BLADE),
         shift=Setting(2.0, "grid of TDM's released CogVideoX-2B student (arXiv 2503.06674)"),
         grid=Setting((1.0, 0.857, 0.666, 0.4), "timesteps 999, 856, 665, 399 of TDM's released CogVideoX-2B student"),
+        critic_updates=Setting(1, _BLADE),
         student_rate=Setting(1e-4, _BLADE),
         critic_rate=Setting(5e-4, _BLADE),
         rank=Setting(64, _BLADE),
@@ -91,7 +90,7 @@ class CogVideoX(Backbone):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
-        def encoded(batch: list[str]) -> Condition:
+        def encoded(batch: list[str]) -> Condition:  # no mask: the network attends to padding as well
             states, _ = self.pipeline.encode_prompt(
                 batch, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._text_length
             )

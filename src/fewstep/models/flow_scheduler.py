@@ -27,13 +27,19 @@ class FlowMatchStepsScheduler(FlowMatchEulerDiscreteScheduler):
     Args:
         num_train_timesteps: what the network is fed at time 1.
         step_sigmas: for each K, as a string, the K times of its calls, falling from 1. Others are spaced evenly.
+        stochastic_sampling: land with fresh noise, from torch's global generator, as FlowMatchEuler's of this name.
     """
 
     init_noise_sigma = 1.0
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000, step_sigmas: dict[str, list[float]] | None = None) -> None:
-        super().__init__(num_train_timesteps=num_train_timesteps)
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        step_sigmas: dict[str, list[float]] | None = None,
+        stochastic_sampling: bool = False,
+    ) -> None:
+        super().__init__(num_train_timesteps=num_train_timesteps, stochastic_sampling=stochastic_sampling)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the times for K calls."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import (
     POOLED,
@@ -29,6 +29,7 @@ from fewstep.models.pipelines import (
     unpack,
 )
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 
 @register_backbone("FluxTransformer2DModel")
@@ -100,8 +101,8 @@ class Flux(Backbone):
         """Even steps through a shift that is the scheduler's own (schnell) or grows with the image (dev)."""
         even = np.linspace(1.0, 1 / steps, steps)
         height, width = self.latent_sides
-        mu = dynamic_shift(self.pipeline.scheduler, height * width // 4)
-        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=even, mu=mu)
+        shift = dynamic_shift(self.pipeline.scheduler, height * width // 4)
+        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=even, **shift)
 
     def adapter_targets(self, layers: str) -> list[str]:
         targets = super().adapter_targets(layers)

@@ -72,10 +72,10 @@ def encoded_images(vae: Any, images: Tensor) -> Tensor:
 
 
 def without_padding(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the columns that are padding in every row: the same attention for a fraction of the work.
+    """`states` and `mask` without the columns that are padding in every row: the same attention for less work.
 
-    Padding is masked with a large negative number, so that a row of nothing but padding attends to all of it evenly:
-    such a batch is left alone.
+    Networks mask padding with a large negative number, so that a row of nothing but padding attends to all of it
+    evenly: such a batch is left alone.
     """
     words = mask.bool()
     if not bool(words.any(1).all()):
@@ -84,21 +84,25 @@ def without_padding(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return states[:, used], mask[:, used]
 
 
+def dynamic_shift(scheduler: Any, tokens: int) -> dict[str, float]:
+    """Arguments of `set_timesteps` for a flow scheduler whose shift grows with the image: mu; none if it does not.
+
+    Args:
+        scheduler: a flow-matching scheduler of diffusers.
+        tokens: of the image, as its transformer counts them.
+    """
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return {}
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    return {"mu": calculate_shift(tokens, *(scheduler.config[name] for name in names))}
+
+
 def padded(values: Tensor, length: int) -> Tensor:
     """(B, L, ...) with zeros appended up to `length`: conditions of all prompts have to fit together."""
     missing = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])
     return torch.cat([values, missing], 1)
-
-
-def dynamic_shift(scheduler: Any, tokens: int) -> float:
-    """mu, by which schedulers with dynamic shifting shift their times for images of so many tokens."""
-    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    usual = (256, 4096, 0.5, 1.15)  # as the pipelines assume where the scheduler says nothing
-    return calculate_shift(
-        tokens, *(scheduler.config.get(name, value) for name, value in zip(names, usual, strict=True))
-    )
 
 
 def pack(x: Tensor) -> Tensor:

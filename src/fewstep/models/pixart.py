@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.adapters import shared_copy
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import MASK, STATES, decoded, encoded_images, in_batches, pixels, without_padding
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 _BINNED_SIZES = (32, 64, 128)  # latent sizes whose images the pipelines can fit to their tables of aspect ratios
 _TDM = "TDM paper, app. D"

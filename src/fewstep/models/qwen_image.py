@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import (
     MASK,
@@ -31,6 +31,7 @@ from fewstep.models.pipelines import (
     without_padding,
 )
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 from fewstep.models.videos import call_default, decoded_by_statistics, encoded_by_statistics
 
 
@@ -47,8 +48,7 @@ class QwenImage(Backbone):
     recipe = Recipe(
         guidance_scale=Setting(4.0, "not measured (the pipeline's own)"),
         shift=Setting(3.0, "Phased DMD, arXiv 2510.27684, section 3"),
-        critic_updates=Setting(5, "Phased DMD, arXiv 2510.27684, appendix B"),
-        student_rate=Setting(5e-5, "Phased DMD, arXiv 2510.27684, appendix B"),
+        student_rate=Setting(5e-5, "Phased DMD, arXiv 2510.27684, appendix B (DMD of a LoRA student)"),
         rank=Setting(64, "Phased DMD, arXiv 2510.27684, appendix B (alpha 8)"),
     )
 
@@ -110,8 +110,8 @@ class QwenImage(Backbone):
     def teacher_grid(self, steps: int) -> Tensor:
         sigmas = np.linspace(1.0, 1 / steps, steps)
         height, width = self.latent_shape[1:]
-        mu = dynamic_shift(self.pipeline.scheduler, height * width // 4)
-        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=sigmas, mu=mu)
+        shift = dynamic_shift(self.pipeline.scheduler, height * width // 4)
+        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=sigmas, **shift)
 
     @property
     def student_call(self) -> dict[str, Any]:

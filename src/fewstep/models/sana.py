@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import MASK, STATES, decoded, encoded_images, in_batches, pixels, without_padding
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 _BINNED_SIZES = (16, 32, 64, 128)  # latent sizes for which the pipeline has a table of aspect ratios
 _STOCK_PIXELS = 1024  # what the pipeline makes unless told, whatever the network's size

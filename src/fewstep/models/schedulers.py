@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.grids import shifted
 from fewstep.core.guidance import Denoiser
 from fewstep.core.prediction import to_denoised
 from fewstep.core.process import DiscreteVP, Flow, Process
@@ -117,31 +116,26 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -
         from fewstep.models.flow_scheduler import FlowMatchStepsScheduler
 
         scale = int(backbone.process.time_scale)
+        config = {"num_train_timesteps": scale, "stochastic_sampling": stochastic}
         sigmas = {len(grid) - 1: grid[:-1].tolist() for grid in grids}
         in_full = {count: {"sigmas": sigmas[count]} for count in counts}
-        config = {"num_train_timesteps": scale, "stochastic_sampling": stochastic}
         shift = _shift_of(grids)
-        if shift is not None:  # for pipelines that space times evenly, then for those that leave it all to it
-            yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(**config, shift=shift), by_count)
-            even = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)  # not in older versions
-            if even is not None and not stochastic:
-                yield Sampling(even(num_train_timesteps=scale, shift=shift), by_count)
+        yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(**config, shift=shift), by_count)
+        even = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)  # for pipelines that leave the spacing to it
+        if even is not None and not stochastic:  # older versions of diffusers have none
+            yield Sampling(even(num_train_timesteps=scale, shift=shift), by_count)
         yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(**config), in_full)
-        if stochastic:
-            return
         named = {str(count): times for count, times in sigmas.items()}
-        yield Sampling(FlowMatchStepsScheduler(num_train_timesteps=scale, step_sigmas=named), by_count)
+        yield Sampling(FlowMatchStepsScheduler(**config, step_sigmas=named), by_count)
 
 
-def _shift_of(grids: Sequence[Tensor]) -> float | None:
-    """The shift of which all `grids` are shifted even ones from 1 to 0; None if there is none."""
-    shift = 1.0
-    for grid in grids:
-        if len(grid) > 2:
-            even = 1 - 1 / (len(grid) - 1)
-            shift = round(float(grid[1]) * (1 - even) / (even * (1 - float(grid[1]))), 6)
-    alike = all(torch.allclose(grid, shifted(len(grid) - 1, shift), rtol=0, atol=1e-6) for grid in grids)
-    return shift if alike else None
+def _shift_of(grids: Sequence[Tensor]) -> float:
+    """The shift of the longest of `grids`, if it is a shifted one."""
+    grid = max(grids, key=len)
+    if len(grid) < 3:
+        return 1.0
+    even, t = 1 - 1 / (len(grid) - 1), float(grid[1])
+    return round(t * (1 - even) / (even * (1 - t)), 6)
 
 
 def _snr_shifted(config: dict[str, Any], snr_shift: float) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.pipelines import POOLED, STATES, decoded, encoded_images, in_batches, pixels
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 _TDM = "TDM paper, app. D"
 _DMD2 = "DMD2 paper, app. F"

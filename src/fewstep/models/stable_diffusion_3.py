@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import (
     POOLED,
@@ -23,6 +23,7 @@ from fewstep.models.pipelines import (
     pixels,
 )
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 _TDM_R1 = "TDM-R1's code, SD3.5-M at 512 pixels"
 
@@ -88,8 +89,7 @@ class StableDiffusion3(Backbone):
     def teacher_grid(self, steps: int) -> Tensor:
         scheduler, patch = self.pipeline.scheduler, self.pipeline.transformer.config.patch_size
         height, width = self.latent_sides
-        mu = dynamic_shift(scheduler, height * width // patch**2)
-        shift = {"mu": mu} if scheduler.config.get("use_dynamic_shifting") else {}
+        shift = dynamic_shift(scheduler, height * width // patch**2)
         return grids.from_scheduler(scheduler, steps, self.process, **shift)
 
     def tapped_blocks(self, network: nn.Module) -> list[nn.Module]:

@@ -11,18 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.models.backbone import Side
 from fewstep.models.pipelines import pixels
 
 
 def call_default(pipeline: Any, name: str) -> Any:
     """What the argument `name` of the pipeline's call is unless told."""
     return inspect.signature(type(pipeline).__call__).parameters[name].default
-
-
-def frames_side(usual: int, compression: int) -> Side:
-    """Frames of a video whose first frame has a latent of its own and every `compression` further ones share one."""
-    return Side(usual, compression, 1 if compression > 1 else 0)
 
 
 def latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,21 +18,18 @@ from torch import Tensor, nn
 
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import in_batches, rebuilt, stand_in
+from fewstep.models.pipelines import STATES, in_batches, rebuilt, stand_in
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side, frames_side
 from fewstep.models.videos import (
     call_default,
     decoded_by_statistics,
     encoded_by_statistics,
-    frames_side,
     video_pixels,
 )
 from fewstep.models.wan_experts import WanExperts
-
-STATES = "text_states"
-"""Condition key: text encoder states, zeros after the words (B, 512, width); the network attends to the zeros too."""
 
 _BLADE = "Video-BLADE's released TDM for Wan2.1-1.3B (arXiv 2508.10774)"
 _PHASED = "Phased DMD, arXiv 2510.27684, appendix B (Wan2.2-A14B)"
@@ -48,6 +45,7 @@ class Wan(Backbone):
     recipe = Recipe(
         guidance_scale=Setting(5.0, _BLADE),
         shift=Setting(5.0, _PHASED),
+        critic_updates=Setting(1, _BLADE),
         student_rate=Setting(1e-4, _BLADE),
         critic_rate=Setting(5e-4, _BLADE),
         rank=Setting(64, _BLADE),
@@ -93,7 +91,7 @@ class Wan(Backbone):
     def encode(self, prompts: Sequence[str]) -> Condition:
         longest = call_default(self.pipeline, "max_sequence_length")
 
-        def encoded(batch: list[str]) -> Condition:
+        def encoded(batch: list[str]) -> Condition:  # zeros after the words, to which the network attends as well
             states, _ = self.pipeline.encode_prompt(
                 batch, do_classifier_free_guidance=False, device=self.device, max_sequence_length=longest
             )

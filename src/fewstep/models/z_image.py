@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Backbone, Predict, Side, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
-from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.pipelines import STATES, decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
+from fewstep.models.recipes import NOT_MEASURED, Recipe, Setting
+from fewstep.models.sizes import Side
 from fewstep.models.videos import call_default
 
-STATES, LENGTH = "text_states", "text_length"
-"""Condition keys: text states, words first (B, 512, width), and how many are words (B,)."""
+LENGTH = "text_length"
+"""Condition key: how many of the text states (B, 512, width) are words, which come first (B,)."""
 
 
 @register_backbone("ZImageTransformer2DModel")
@@ -34,9 +35,9 @@ class ZImage(Backbone):
     teacher_guidance = 6.0  # the pipeline's guidance_scale 5 unless told
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     recipe = Recipe(
-        guidance_scale=Setting(6.0, "not measured (the pipeline's own; 1 for Turbo weights)"),
+        guidance_scale=Setting(6.0, NOT_MEASURED + " (the pipeline's own; 1 for Turbo weights)"),
         shift=Setting(3.0, "Z-Image-Turbo's training shift, as its author states in Tongyi-MAI/Z-Image issue 74"),
-        rank=Setting(32, "TDM-R1's release for Z-Image (alpha 64)"),
+        rank=Setting(32, "TDM-R1's released LoRA for Z-Image (alpha 64)"),
     )
 
     @property
@@ -93,9 +94,9 @@ class ZImage(Backbone):
 
     def teacher_grid(self, steps: int) -> Tensor:
         height, width = self.latent_shape[1:]
-        mu = dynamic_shift(self.pipeline.scheduler, height * width // 4)
+        shift = dynamic_shift(self.pipeline.scheduler, height * width // 4)
         sigmas = np.linspace(1.0, 1 / steps, steps)
-        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=sigmas, mu=mu)
+        return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=sigmas, **shift)
 
     @property
     def student_call(self) -> dict[str, Any]:
