@@ -19,7 +19,7 @@ from fewstep.errors import FewstepError
 from fewstep.methods import METHODS, Options, PhasedOptions, preset
 from fewstep.models.backbone import Backbone, adapter_of, load_backbone
 from fewstep.models.export import save_student
-from fewstep.models.recipes import applied
+from fewstep.models.recipes import Setting, applied
 from fewstep.models.roles import Roles, build_roles
 from fewstep.models.schedulers import choose_scheduler
 from fewstep.models.student import Student, load_student
@@ -70,7 +70,6 @@ def load_teacher(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    size: int | None = None,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
@@ -81,19 +80,17 @@ def load_teacher(
         source: what to load.
         dtype: of its weights; bfloat16 halves the memory of a frozen base.
         device: where to put it.
-        size: side of its images in pixels; the pipeline's own unless told. Students have the teacher's.
-        height: of its samples in pixels, where the family makes more than squares.
+        height: of its samples in pixels, for families that make several sizes; the pipeline's own unless told.
         width: likewise.
-        num_frames: of its videos.
+        num_frames: of its videos, likewise.
 
     Raises:
         FewstepError: nothing usable there, or a size it cannot make; says what was found and what to do.
     """
     folder = shipped(TEACHER_FOLDER) if str(source) == EMOJI else source
-    sides = {"height": size if height is None else height, "width": size if width is None else width}
-    sides["num_frames"] = num_frames
-    told = {name: value for name, value in sides.items() if value is not None}
-    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=told or None))
+    sides = {"height": height, "width": width, "num_frames": num_frames}
+    size = {name: value for name, value in sides.items() if value is not None}
+    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=size))
 
 
 def defaults(
@@ -109,17 +106,21 @@ def defaults(
         method: a name of `fewstep methods`.
         roles: the kind of roles; the recipe's unless told.
     """
+    settings = _recipe(teacher, method, roles)
     options, role_options, train_options = preset(method), RoleOptions(), TrainOptions()
-    if isinstance(teacher, Teacher):
-        source, kind = teacher.backbone.source, type(teacher.backbone)
-    else:
-        source, kind = str(teacher), None
+    return applied(options, settings), applied(role_options, settings), applied(train_options, settings)
+
+
+def _recipe(teacher: Teacher | str | Path, method: str, roles: str | None) -> dict[str, Setting]:
+    """The settings of the teacher's family, less those for another kind of roles; none for the embedded teacher."""
+    source = teacher.backbone.source if isinstance(teacher, Teacher) else str(teacher)
     if source == EMOJI or Path(source) == shipped(TEACHER_FOLDER):
-        return options, role_options, train_options
-    settings = (kind or adapter_of(source)).recipe.settings(method)
+        return {}
+    kind = type(teacher.backbone) if isinstance(teacher, Teacher) else adapter_of(source)
+    settings = kind.recipe.settings(method)
     if roles is not None and "roles" in settings and roles != settings["roles"].value:
         settings = {name: setting for name, setting in settings.items() if name not in _OF_ROLES}
-    return applied(options, settings), applied(role_options, settings), applied(train_options, settings)
+    return settings
 
 
 def distill(
@@ -156,10 +157,12 @@ def distill(
     Raises:
         FewstepError: bad options or input, before any work.
     """
-    name = method if isinstance(method, str) else method.build().name
-    usual = defaults(teacher, name, None if roles is None else roles.roles)
-    options = usual[0] if isinstance(method, str) else method
-    roles, train_options = roles or usual[1], train_options or usual[2]
+    options = preset(method) if isinstance(method, str) else method
+    name = method if isinstance(method, str) else options.build().name
+    settings = _recipe(teacher, name, None if roles is None else roles.roles)
+    options = applied(options, settings) if isinstance(method, str) else options
+    roles = roles or applied(RoleOptions(), settings)
+    train_options = train_options or applied(TrainOptions(), settings)
     if isinstance(options, PhasedOptions):
         from fewstep.several import distill_phases
 
@@ -196,9 +199,9 @@ def distill(
     kept = {name: value for name, value in asdict(roles).items() if name not in ("checkpointing", "discriminator")}
     if needs.discriminator:
         kept["discriminator"] = features
-    configuration: dict[str, Any] = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
-    if backbone.asked_size is not None:
-        configuration["size"] = backbone.asked_size
+    configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
+    if backbone.told_size:
+        configuration["size"] = backbone.told_size
     folder = Path(out) / STUDENT_FOLDER
     with process_group(backbone.device) as group:
         result = train(

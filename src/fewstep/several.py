@@ -268,7 +268,7 @@ def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]
 
 def _configuration(backbone: Backbone, roles: RoleOptions, texts: Sequence[str]) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(roles).items() if name != "checkpointing"}  # changes memory only
-    size: dict[str, Any] = {} if backbone.asked_size is None else {"size": backbone.asked_size}
+    size = {"size": backbone.told_size} if backbone.told_size else {}
     return {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts), **size}
 
 

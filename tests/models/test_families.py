@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from fewstep.methods import preset
 from fewstep.models import build_roles, load_student, save_student
 from fewstep.models.backbone import _adapter_for
 from fewstep.models.export import CARD
+from fewstep.models.pipelines import unpack
 from fewstep.models.teacher import Teacher
 from fewstep.training.options import TrainOptions
 
@@ -39,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(folders: dict[str, Path], family: str) -> Teacher:
-    return load_teacher(folders[family], size=FAMILIES[family].size)
+    return load_teacher(folders[family], **FAMILIES[family].size)
 
 
 def stock(folder: Path):
@@ -58,8 +60,7 @@ def theirs(pipeline, family: str, output: str = "latent", **call):
     kind = FAMILIES[family]
     images = pipeline(PROMPTS, generator=generators(), output_type=output, **kind.call, **call).images
     if output == "latent" and images.ndim == 3:  # FLUX's are packed
-        side = kind.size // 2
-        images = pipeline._unpack_latents(images, 2 * side, 2 * side, pipeline.vae_scale_factor)
+        images = pipeline._unpack_latents(images, *kind.size.values(), pipeline.vae_scale_factor)
     return images
 
 
@@ -87,10 +88,11 @@ def test_pictures_are_the_pipelines(folders, family: str) -> None:
 def test_distil_export_and_sample_with_the_stock_pipeline(folders, family: str, method: str, tmp_path: Path) -> None:
     """Three iterations with adapters, discriminator and checkpointing; then what the README tells users to type."""
     teacher = load(folders, family)
-    side = teacher.backbone.size_arguments()["height"]
+    side = teacher.backbone.size["height"]
+    options = preset("tdm") if method == "tdm" else replace(preset("dmd2"), critic_updates=2)
     real = RealImages(teacher.backbone, torch.rand(4, 3, side, side) * 2 - 1, PROMPTS * 2)
     student = distill(
-        teacher, preset(method), out=tmp_path, prompts=PROMPTS, real=real if method == "dmd2" else None,
+        teacher, options, out=tmp_path, prompts=PROMPTS, real=real if method == "dmd2" else None,
         roles=RoleOptions(rank=4, checkpointing=True),
         train_options=TrainOptions(iterations=3, batch=2, warmup=0, student_rate=1e-2, tensorboard=False),
     )  # fmt: skip
@@ -103,7 +105,7 @@ def test_distil_export_and_sample_with_the_stock_pipeline(folders, family: str, 
     assert all(f"{name}={value!r}" in usage for name, value in told.items())
     images = pipeline(PROMPTS, generator=generators(), output_type="latent", **told).images
     if images.ndim == 3:
-        images = student.backbone._unpacked(images)
+        images = unpack(images, student.backbone.latent_shape)
     ours = student.latents(PROMPTS, SEEDS, 4)
     if student.eta == 0 and student.backbone.process.name == "flow":  # fresh noise of a generator of theirs
         assert abs(float(images.std() / ours.std()) - 1) < 0.5
@@ -165,19 +167,27 @@ def test_lora_of_a_unet_is_read_by_peft(folders, tmp_path: Path) -> None:
     assert_latents_close(load_student(folder).latents(PROMPTS, SEEDS), expected)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3", "flux-dev", "pixart-alpha"])
-def test_another_image_size(folders, family: str, tmp_path: Path) -> None:
-    """Students keep it, and say so in the call that samples them."""
-    teacher = load_teacher(folders[family], size=24 if family != "pixart-alpha" else 40)
-    assert teacher.sample(PROMPTS, SEEDS, 1).shape[-1] == (24 if family != "pixart-alpha" else 40)
+@pytest.mark.parametrize(
+    ("family", "wide"), [("pixart-alpha", 48), ("sd15", 24), ("sdxl", 24), ("sd3", 24), ("flux-dev", 24), ("sana", 96)]
+)
+def test_another_size(folders, family: str, wide: int, tmp_path: Path) -> None:
+    """Wide images; students keep the size, and say so in the call that samples them."""
+    height = wide - wide // 3
+    teacher = load_teacher(folders[family], height=height, width=wide)
+    size = {"height": height, "width": wide}
+    expected = stock(folders[family])(
+        PROMPTS, generator=generators(), output_type="pt", num_inference_steps=2, **FAMILIES[family].guided(4.0),
+        **FAMILIES[family].call | size,
+    ).images  # fmt: skip
+    ours = teacher.sample(PROMPTS, SEEDS, 2, guidance_scale=4)
+    torch.testing.assert_close(ours.float(), expected * 255, rtol=0, atol=0.6)
     roles = build_roles(teacher.backbone, rank=2)
-    folder = save_student(tmp_path / "student", roles, [grids.uniform(1)], method="tdm")
-    student = load_student(folder)
+    student = load_student(save_student(tmp_path / "student", roles, [grids.uniform(1)], method="tdm"))
     told = {**student.card["call"]["1"], **student.backbone.student_call}
-    images = stock(folder)(PROMPTS, generator=generators(), output_type="pt", **told).images
+    images = stock(tmp_path / "student")(PROMPTS, generator=generators(), output_type="pt", **told).images
     torch.testing.assert_close(student.sample(PROMPTS, SEEDS).float(), images * 255, rtol=0, atol=0.6)
-    with pytest.raises(FewstepError, match="image size of 13 pixels"):
-        load_teacher(folders[family], size=13)
+    with pytest.raises(FewstepError, match="found width = 13, expected a multiple of"):
+        load_teacher(folders[family], width=13)
 
 
 def test_embedded_guidance_is_told_to_all_and_kept(folders, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ class Family:
     """Guidance scale -> arguments of the pipeline's call."""
     call: dict[str, Any] = field(default_factory=dict)
     """More arguments of every call."""
-    size: int | None = None
+    size: dict[str, int] = field(default_factory=dict)
     """What `load_teacher` has to be told, where the stock size is too large for a test."""
 
 
@@ -226,8 +226,8 @@ FAMILIES = {
     "sdxl": Family(build_sdxl, "StableDiffusionXL"),
     "sd3": Family(build_sd3, "StableDiffusion3"),
     "sd35": Family(build_sd35, "StableDiffusion3"),
-    "flux-dev": Family(build_flux, "Flux", _true_guidance, _SQUARE, SIZE),
-    "flux-schnell": Family(build_schnell, "Flux", _true_guidance, _SQUARE, SIZE),
+    "flux-dev": Family(build_flux, "Flux", _true_guidance, _SQUARE, _SQUARE),
+    "flux-schnell": Family(build_schnell, "Flux", _true_guidance, _SQUARE, _SQUARE),
     "sana": Family(build_sana, "Sana", call={"height": 32, "width": 32} | _UNBINNED),
 }
 

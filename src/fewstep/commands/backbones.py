@@ -56,7 +56,7 @@ def _rows_of(kind: type[Backbone]) -> Iterator[list[str]]:
     for method in ("tdm", *kind.recipe.by_method):
         settings = kind.recipe.settings(method)
         cells = [_cell(settings, names) for names in COLUMNS.values()]
-        sources = dict.fromkeys(one.source for one in settings.values() if one.source != NOT_MEASURED)
+        sources = dict.fromkeys(one.source for one in settings.values() if one.measured)
         yield [kind.__name__, pipelines, method, *cells, "; ".join(sources) or NOT_MEASURED]
 
 
@@ -74,4 +74,4 @@ def _text(value: Any) -> str:
 
 
 def _star(setting: Setting) -> str:
-    return "*" if setting.source == NOT_MEASURED else ""
+    return "" if setting.measured else "*"

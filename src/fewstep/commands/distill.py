@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from copy import copy
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,16 +31,20 @@ class RunOptions:
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
-    size: int = 0
-    """Side of the images in pixels; 0: what the teacher's pipeline makes."""
-    height: int = 0
-    """In pixels, for families that make more than squares; 0: --size."""
-    width: int = 0
-    """In pixels, likewise."""
-    num_frames: int = 0
-    """Frames of a video; 0: as many as the teacher's pipeline makes."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; what is trained is float32."""
+
+
+@dataclass(kw_only=True)
+class SizeOptions:
+    """What the teacher and its student make, where the family makes several sizes."""
+
+    height: int | None = None
+    """Of the samples in pixels; the teacher's pipeline's own unless told."""
+    width: int | None = None
+    """Likewise."""
+    num_frames: int | None = None
+    """Frames of videos, likewise."""
 
 
 def main(arguments: list[str]) -> None:
@@ -48,7 +52,13 @@ def main(arguments: list[str]) -> None:
     method = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tdm"
     options, roles, train = defaults(_given(arguments, "--teacher") or EMOJI, method, _given(arguments, "--roles"))
 
-    parts: dict[str, Any] = {"run": RunOptions(), "roles": roles, "train": train, "method": options}
+    parts: dict[str, Any] = {
+        "run": RunOptions(),
+        "size": SizeOptions(),
+        "roles": roles,
+        "train": train,
+        "method": options,
+    }
     fields = [(name, type(part), field(default_factory=partial(copy, part))) for name, part in parts.items()]
     kind = make_dataclass("Distill", fields)
     kind.__doc__ = f"Distil a teacher into a few-step student by {method} ({options.build().paper})."
@@ -56,13 +66,7 @@ def main(arguments: list[str]) -> None:
     run = args.run
     prompts = read_prompts(run.prompts) if run.prompts else None
     teacher = load_teacher(
-        run.teacher,
-        dtype=getattr(torch, run.base_dtype),
-        device=choose_device(run.device),
-        size=run.size or None,
-        height=run.height or None,
-        width=run.width or None,
-        num_frames=run.num_frames or None,
+        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **asdict(args.size)
     )
     distill(
         teacher,

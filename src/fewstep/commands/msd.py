@@ -48,9 +48,7 @@ def main(arguments: list[str]) -> None:
     args = parse(kind, f"msd {method}", arguments)
     run, part = args.run, args.part
     distill_part(
-        load_teacher(
-            run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), size=run.size or None
-        ),
+        load_teacher(run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device)),
         part.part,
         out=run.out,
         parts=part.parts,

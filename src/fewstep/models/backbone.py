@@ -45,6 +45,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.pipelines import rebuilt, stand_in
 from fewstep.models.quiet import quiet_libraries
 from fewstep.models.recipes import Recipe
+from fewstep.models.sizes import Side, chosen_size
 
 BACKBONES: dict[str, type[Backbone]] = {}
 """Adapters by the class name of the pipeline or network in `model_index.json`; filled by `register_backbone`."""
@@ -54,7 +55,9 @@ ENTRY_POINTS = "fewstep.backbones"
 
 _FAMILIES = (
     "pixart", "stable_diffusion", "stable_diffusion_3", "flux", "sana", "qwen_image", "z_image", "cogvideox", "wan",
-)  # modules that register adapters  # fmt: skip
+)  # fmt: skip
+"""Modules beside this one whose import registers adapters."""
+
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: a package in diffusers, for safety checkers
 _OWN_LIBRARIES = (
     "fewstep.models.steps_aware", "fewstep.models.flow_scheduler", "fewstep.models.expert_networks",
@@ -70,6 +73,11 @@ class Backbone(ABC):
     Args:
         pipeline: the loaded diffusers pipeline; its network is frozen and put in eval mode.
         source: the folder or Hub id it came from.
+        size: height and width in pixels, num_frames in frames, where they are not to be the pipeline's own; see
+            `sides`.
+
+    Raises:
+        FewstepError: a size that the family does not have or cannot make.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
@@ -77,6 +85,9 @@ class Backbone(ABC):
 
     network_name: ClassVar[str] = "transformer"
     """Name of the network among the pipeline's parts."""
+
+    output_name: ClassVar[str] = "images"
+    """Name of the samples in what the pipeline's call returns."""
 
     recipe: ClassVar[Recipe] = Recipe()
     """What the family is distilled with unless the user says otherwise."""
@@ -94,8 +105,12 @@ class Backbone(ABC):
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""
 
-    def __init__(self, pipeline: Any, source: str) -> None:
+    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
         self.pipeline, self.source = pipeline, source
+        self.told_size = dict(size or {})
+        """What of `size` is not the pipeline's own choice."""
+        self.size = chosen_size(self.sides, self.told_size, type(self).__name__)
+        """All sides of a decoded sample, as arguments of the pipeline's call."""
         self.network: nn.Module = getattr(pipeline, self.network_name).requires_grad_(False).eval()
         """The teacher's network. Shared, never trained: see `fewstep.models.roles` for what is."""
         for part in self.pipeline.components.values():
@@ -106,60 +121,22 @@ class Backbone(ABC):
         self.prediction: str = prediction
         """What the network predicts, one of `fewstep.core.prediction.PREDICTIONS`."""
         self._null: Condition | None = None
-        self.image_size: int | None = None
-        """Side of the images in pixels where `set_image_size` said it; None for the stock pipeline's own."""
+
+    def _square(self, side: int, multiple: int) -> dict[str, Side]:
+        """`sides` of images that the pipeline makes square; both numbers are in latents, not pixels."""
+        scale = self.pipeline.vae_scale_factor
+        return dict.fromkeys(("height", "width"), Side(side * scale, multiple * scale))
 
     @property
-    def stock_side(self) -> int:
-        """Side of the square latents that the stock pipeline makes unless told otherwise."""
-        return getattr(self.pipeline, self.network_name).config.sample_size
+    def latent_sides(self) -> tuple[int, int]:
+        """Height and width of the latents of images."""
+        scale = self.pipeline.vae_scale_factor
+        return self.size["height"] // scale, self.size["width"] // scale
 
     @property
-    def side(self) -> int:
-        """Side of the square latents: `stock_side`, unless `set_image_size` changed it."""
-        return self.stock_side if self.image_size is None else self.image_size // self.pipeline.vae_scale_factor
-
-    def set_image_size(self, size: int) -> None:
-        """Make images of another size from now on, teacher and students alike.
-
-        Args:
-            size: side in pixels, a multiple of what one token of the network covers.
-        """
-        config = getattr(self.pipeline, self.network_name).config
-        unit = self.pipeline.vae_scale_factor * max(2, getattr(config, "patch_size", None) or 1)
-        if size < unit or size % unit:
-            raise FewstepError(
-                f"found an image size of {size} pixels, expected a multiple of {unit}, fix: round it to "
-                f"{max(1, round(size / unit)) * unit}"
-            )
-        self.image_size = size
-
-    def set_size(self, size: Mapping[str, int]) -> None:
-        """Make samples of another size from now on, teacher and students alike.
-
-        Args:
-            size: "height" and "width" in pixels, and "num_frames" of videos, or some of these; here they make a square.
-
-        Raises:
-            FewstepError: a side that the family does not have or cannot make.
-        """
-        sides = set(size.values())
-        if len(sides) != 1 or not size.keys() <= {"height", "width"}:
-            raise FewstepError(
-                f"found the size {dict(size)} for {type(self).__name__}, expected a square image, fix: one number for "
-                "height and width, and no frames"
-            )
-        self.set_image_size(sides.pop())
-
-    @property
-    def asked_size(self) -> int | dict[str, int] | None:
-        """What `load_backbone` has to be told to make samples of this size; None for the stock pipeline's own."""
-        return self.image_size
-
-    def size_arguments(self) -> dict[str, int]:
-        """Height and width in pixels, as arguments of the pipeline's call."""
-        pixels = self.side * self.pipeline.vae_scale_factor
-        return {"height": pixels, "width": pixels}
+    def sides(self) -> dict[str, Side]:
+        """The sides that can be chosen when the teacher is loaded: of "height", "width" and "num_frames"; none here."""
+        return {}
 
     @property
     @abstractmethod
@@ -214,8 +191,7 @@ class Backbone(ABC):
     @property
     def student_call(self) -> dict[str, Any]:
         """Arguments, besides prompt and steps, with which the stock pipeline samples a student at its own size."""
-        size = {} if self.image_size is None else self.size_arguments()
-        return {"guidance_scale": self.embedded_guidance or 1, **size}
+        return {"guidance_scale": self.embedded_guidance or 1, **self.told_size}
 
     @abstractmethod
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
@@ -338,7 +314,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     revision: str | None = None,
-    size: int | Mapping[str, int] | None = None,
+    size: Mapping[str, int] | None = None,
 ) -> Backbone:
     """Load any pipeline whose network has an adapter.
 
@@ -347,11 +323,11 @@ def load_backbone(
         dtype: of all weights: float32, or bfloat16 for a frozen base that takes half the memory.
         device: where to put it.
         revision: branch, tag or commit on the Hub.
-        size: side of the images in pixels, or sides by name (`Backbone.set_size`); the pipeline's own unless told.
+        size: height, width, num_frames of its samples, where they are not to be the pipeline's own (`Backbone.sides`).
 
     Raises:
         FewstepError: no pipeline there, no adapter for its network, weights that are pickles, or parts that would need
-            code from the folder.
+            code from the folder, or a size that the family does not have.
     """
     from diffusers import DiffusionPipeline
 
@@ -374,10 +350,7 @@ def load_backbone(
             f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
-    backbone = kind(pipeline.to(device), str(source))
-    if size is not None:
-        backbone.set_size({"height": size, "width": size} if isinstance(size, int) else size)
-    return backbone
+    return kind(pipeline.to(device), str(source), size)
 
 
 def built_in() -> list[type[Backbone]]:

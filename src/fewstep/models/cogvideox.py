@@ -10,21 +10,22 @@ from torch import Tensor, nn
 
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Predict, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import STATES, in_batches
 from fewstep.models.recipes import Recipe, Setting
-from fewstep.models.sizes import Side, SizedBackbone, frames_side
+from fewstep.models.sizes import Side, frames_side
 from fewstep.models.videos import call_default, video_pixels
 
 _BLADE = "Video-BLADE's released TDM for CogVideoX-5B (arXiv 2508.10774)"
 
 
 @register_backbone("CogVideoXTransformer3DModel")
-class CogVideoX(SizedBackbone):
+class CogVideoX(Backbone):
     """Adapter of `CogVideoXPipeline`, text to video: 2B, 5B and 1.5-5B. Latents (f, C, h, w)."""
 
     pipeline_classes = ("CogVideoXPipeline",)
+    output_name = "frames"
     teacher_guidance = 6.0  # the pipeline's own
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     recipe = Recipe(

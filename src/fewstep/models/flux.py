@@ -5,7 +5,7 @@ Outside, latents are (B, C, h, w) as everywhere; packing 2x2 of them into one to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,12 @@ from fewstep.models.pipelines import (
     dynamic_shift,
     encoded_images,
     in_batches,
+    pack,
     pixels,
+    unpack,
 )
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 
 @register_backbone("FluxTransformer2DModel")
@@ -45,27 +48,28 @@ class Flux(Backbone):
     teacher_guidance = 1.0
     recipe = Recipe(guidance_scale=Setting(1.0), shift=Setting(3.0))
 
-    def __init__(self, pipeline: Any, source: str) -> None:
-        super().__init__(pipeline, source)
+    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
+        super().__init__(pipeline, source, size)
         self._told = bool(pipeline.transformer.config.guidance_embeds)
         self.embedded_guidance = 3.5 if self._told else None
         self.teacher_steps = 28 if self._told else 4
 
     @property
-    def stock_side(self) -> int:
-        return self.pipeline.default_sample_size
+    def sides(self) -> dict[str, Side]:
+        return self._square(self.pipeline.default_sample_size, 2)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        return (self.pipeline.transformer.config.in_channels // 4, self.side, self.side)
+        return (self.pipeline.transformer.config.in_channels // 4, *self.latent_sides)
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype
         states = condition[STATES].to(dtype)
-        places = self.pipeline._prepare_latent_image_ids(len(x), self.side // 2, self.side // 2, x.device, dtype)
+        height, width = self.latent_sides
+        places = self.pipeline._prepare_latent_image_ids(len(x), height // 2, width // 2, x.device, dtype)
         guidance = x.new_full((len(x),), self.embedded_guidance, dtype=torch.float32) if self._told else None
         output = network(
-            hidden_states=self._packed(x).to(dtype),
+            hidden_states=pack(x).to(dtype),
             timestep=self.process.network_time(t) / 1000,
             guidance=guidance,
             pooled_projections=condition[POOLED].to(dtype),
@@ -74,17 +78,8 @@ class Flux(Backbone):
             img_ids=places,
             return_dict=False,
         )[0]
-        output = self._unpacked(output.to(x.dtype))
+        output = unpack(output.to(x.dtype), x.shape[1:])
         return to_denoised(self.prediction, output, x, self.process.alpha(t), self.process.sigma(t))
-
-    def _packed(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, h w / 4, 4 C)."""
-        return self.pipeline._pack_latents(x, len(x), *self.latent_shape)
-
-    def _unpacked(self, x: Tensor) -> Tensor:
-        """(B, h w / 4, 4 C) -> (B, C, h, w)."""
-        scale = self.pipeline.vae_scale_factor
-        return self.pipeline._unpack_latents(x, self.side * scale, self.side * scale, scale)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -105,7 +100,8 @@ class Flux(Backbone):
     def teacher_grid(self, steps: int) -> Tensor:
         """Even steps through a shift that is the scheduler's own (schnell) or grows with the image (dev)."""
         even = np.linspace(1.0, 1 / steps, steps)
-        shift = dynamic_shift(self.pipeline.scheduler, (self.side // 2) ** 2)
+        height, width = self.latent_sides
+        shift = dynamic_shift(self.pipeline.scheduler, height * width // 4)
         return grids.from_scheduler(self.pipeline.scheduler, steps, self.process, sigmas=even, **shift)
 
     def adapter_targets(self, layers: str) -> list[str]:
@@ -128,15 +124,15 @@ class Flux(Backbone):
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
         def forward(*, hidden_states: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:
-            return (self._packed(predict(self._unpacked(hidden_states), 1000 * timestep)),)
+            return (pack(predict(unpack(hidden_states, noise.shape[1:]), 1000 * timestep)),)
 
         null = self.null_condition()
         packed = self.stock_pipeline(forward, scheduler)(
             prompt_embeds=null[STATES].expand(len(noise), -1, -1),
             pooled_prompt_embeds=null[POOLED].expand(len(noise), -1),
-            latents=self._packed(noise),
+            latents=pack(noise),
             output_type="latent",
-            **self.size_arguments(),
+            **self.size,
             **call,
         ).images
-        return self._unpacked(packed)
+        return unpack(packed, noise.shape[1:])

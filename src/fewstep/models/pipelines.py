@@ -103,3 +103,15 @@ def padded(values: Tensor, length: int) -> Tensor:
     """(B, L, ...) with zeros appended up to `length`: conditions of all prompts have to fit together."""
     missing = values.new_zeros(len(values), length - values.shape[1], *values.shape[2:])
     return torch.cat([values, missing], 1)
+
+
+def pack(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> tokens of 2x2 patches (B, h w / 4, 4 C), channels slowest."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """Inverse of `pack` for latents of `shape` (C, h, w)."""
+    channels, height, width = shape
+    patches = tokens.unflatten(2, (channels, 2, 2)).unflatten(1, (height // 2, width // 2))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

@@ -16,6 +16,7 @@ from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import MASK, STATES, decoded, encoded_images, in_batches, pixels, without_padding
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 _BINNED_SIZES = (32, 64, 128)  # latent sizes whose images the pipelines can fit to their tables of aspect ratios
 _TDM = "TDM paper, app. D"
@@ -48,8 +49,13 @@ class PixArt(Backbone):
         return StepsAwarePixArtPipeline
 
     @property
+    def sides(self) -> dict[str, Side]:
+        config = self.pipeline.transformer.config
+        return self._square(config.sample_size, config.patch_size)
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
-        return (self.pipeline.transformer.config.in_channels, self.side, self.side)
+        return (self.pipeline.transformer.config.in_channels, *self.latent_sides)
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype
@@ -118,7 +124,7 @@ class PixArt(Backbone):
     @property
     def student_call(self) -> dict[str, Any]:
         """The pipeline refuses sizes for which it has no table of aspect ratios, unless told not to look one up."""
-        binned = self.side == self.stock_side and self.stock_side in _BINNED_SIZES
+        binned = self.pipeline.transformer.config.sample_size in _BINNED_SIZES and not self.told_size
         return super().student_call | ({} if binned else {"use_resolution_binning": False})
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
@@ -138,6 +144,6 @@ class PixArt(Backbone):
             guidance_scale=1.0,
             use_resolution_binning=False,
             output_type="latent",
-            **self.size_arguments(),
+            **self.size,
             **call,
         ).images

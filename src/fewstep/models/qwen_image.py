@@ -17,16 +17,26 @@ from torch import Tensor, nn
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Predict, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import MASK, STATES, dynamic_shift, in_batches, padded, pixels, without_padding
+from fewstep.models.pipelines import (
+    MASK,
+    STATES,
+    dynamic_shift,
+    in_batches,
+    pack,
+    padded,
+    pixels,
+    unpack,
+    without_padding,
+)
 from fewstep.models.recipes import Recipe, Setting
-from fewstep.models.sizes import Side, SizedBackbone
+from fewstep.models.sizes import Side
 from fewstep.models.videos import call_default, decoded_by_statistics, encoded_by_statistics
 
 
 @register_backbone("QwenImageTransformer2DModel")
-class QwenImage(SizedBackbone):
+class QwenImage(Backbone):
     """Adapter of `QwenImagePipeline`. Latents (C, h, w), packed as the network wants them at the border."""
 
     pipeline_classes = ("QwenImagePipeline",)
@@ -36,7 +46,7 @@ class QwenImage(SizedBackbone):
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     )  # fmt: skip
     recipe = Recipe(
-        guidance_scale=Setting(4.0),  # the pipeline's own
+        guidance_scale=Setting(4.0, "not measured (the pipeline's own)"),
         shift=Setting(3.0, "Phased DMD, arXiv 2510.27684, section 3"),
         student_rate=Setting(5e-5, "Phased DMD, arXiv 2510.27684, appendix B (DMD of a LoRA student)"),
         rank=Setting(64, "Phased DMD, arXiv 2510.27684, appendix B (alpha 8)"),
@@ -105,7 +115,7 @@ class QwenImage(SizedBackbone):
 
     @property
     def student_call(self) -> dict[str, Any]:
-        return {"true_cfg_scale": 1, **self._asked}
+        return {"true_cfg_scale": 1, **self.told_size}
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
         def forward(hidden_states: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:
@@ -122,15 +132,3 @@ class QwenImage(SizedBackbone):
             **call,
         ).images
         return unpack(packed, noise.shape[1:])
-
-
-def pack(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> tokens of 2x2 patches (B, h w / 4, 4 C), channels slowest."""
-    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
-    """Inverse of `pack` for latents of `shape` (C, h, w)."""
-    channels, height, width = shape
-    patches = tokens.unflatten(2, (channels, 2, 2)).unflatten(1, (height // 2, width // 2))
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

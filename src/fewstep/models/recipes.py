@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 NOT_MEASURED = "not measured"
+_Options = TypeVar("_Options")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Setting:
 
     value: Any
     source: str = NOT_MEASURED
+
+    @property
+    def measured(self) -> bool:
+        """Whether a paper or a release stands behind it."""
+        return not self.source.startswith(NOT_MEASURED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,7 @@ _PATH = ("shift", "start_time", "grid")
 _ROLES = ("roles", "rank")
 
 
-def applied(options: Any, settings: Mapping[str, Setting]) -> Any:
+def applied(options: _Options, settings: Mapping[str, Setting]) -> _Options:
     """`options`, a dataclass, with the values of `settings` where it has such a field and still has its default.
 
     What a preset sets on purpose stays; so does the grid of a student of several step counts, or of another number.
@@ -74,5 +80,5 @@ def applied(options: Any, settings: Mapping[str, Setting]) -> Any:
     fits = len(values.get("grid", ())) == getattr(options, "steps", None)
     if not fits or getattr(options, "step_counts", None):
         values.pop("grid", None)
-    untouched = [field.name for field in fields(options) if getattr(options, field.name) == field.default]
-    return replace(options, **{name: values[name] for name in untouched if name in values})
+    untouched = [entry.name for entry in fields(options) if getattr(options, entry.name) == entry.default]  # type: ignore[arg-type]
+    return replace(options, **{name: values[name] for name in untouched if name in values})  # type: ignore[type-var]

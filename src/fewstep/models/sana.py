@@ -19,6 +19,7 @@ from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import MASK, STATES, decoded, encoded_images, in_batches, pixels, without_padding
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 _BINNED_SIZES = (16, 32, 64, 128)  # latent sizes for which the pipeline has a table of aspect ratios
 _STOCK_PIXELS = 1024  # what the pipeline makes unless told, whatever the network's size
@@ -38,8 +39,13 @@ class Sana(Backbone):
     recipe = Recipe(guidance_scale=Setting(4.5), shift=Setting(3.0))
 
     @property
+    def sides(self) -> dict[str, Side]:
+        config = self.pipeline.transformer.config
+        return self._square(config.sample_size, config.patch_size)
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
-        return (self.pipeline.transformer.config.in_channels, self.side, self.side)
+        return (self.pipeline.transformer.config.in_channels, *self.latent_sides)
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype
@@ -90,10 +96,10 @@ class Sana(Backbone):
 
     @property
     def student_call(self) -> dict[str, Any]:
-        size = self.size_arguments()
-        size = {} if size["height"] == _STOCK_PIXELS else size
-        binned = self.pipeline.transformer.config.sample_size in _BINNED_SIZES and self.side == self.stock_side
-        return super().student_call | size | ({} if binned else {"use_resolution_binning": False})
+        usual = set(self.size.values()) == {_STOCK_PIXELS}
+        binned = self.pipeline.transformer.config.sample_size in _BINNED_SIZES and not self.told_size
+        more = {"guidance_scale": 1} | ({} if usual else self.size)
+        return more if binned else more | {"use_resolution_binning": False}
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
         scale = self.pipeline.transformer.config.timestep_scale
@@ -110,6 +116,6 @@ class Sana(Backbone):
             guidance_scale=1.0,
             use_resolution_binning=False,
             output_type="latent",
-            **self.size_arguments(),
+            **self.size,
             **call,
         ).images

@@ -1,14 +1,11 @@
-"""Families whose samples can be chosen side by side: height and width in pixels, and frames of a video."""
+"""Sides of a teacher's samples that can be chosen: height and width in pixels, and frames of a video."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fewstep.errors import FewstepError
-from fewstep.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -26,43 +23,23 @@ def frames_side(usual: int, compression: int) -> Side:
     return Side(usual, compression, 1 if compression > 1 else 0)
 
 
-class SizedBackbone(Backbone):
-    """An adapter of a family with `sides`; what is not chosen is the pipeline's own."""
+def chosen_size(sides: Mapping[str, Side], told: Mapping[str, int], family: str) -> dict[str, int]:
+    """All of `sides`: those that were `told`, and the usual others.
 
-    def __init__(self, pipeline: Any, source: str) -> None:
-        super().__init__(pipeline, source)
-        self._asked: dict[str, int] = {}
-
-    @property
-    @abstractmethod
-    def sides(self) -> dict[str, Side]:
-        """The sides that can be chosen: "height", "width", and "num_frames" for videos."""
-
-    @property
-    def size(self) -> dict[str, int]:
-        """All sides of a decoded sample, as arguments of the pipeline's call."""
-        return {name: side.usual for name, side in self.sides.items()} | self._asked
-
-    @property
-    def asked_size(self) -> dict[str, int] | None:
-        return dict(self._asked) or None
-
-    def set_size(self, size: Mapping[str, int]) -> None:
-        for name, value in size.items():
-            side = self.sides.get(name)
-            if side is None:
-                raise FewstepError(
-                    f"found {name} = {value} for {type(self).__name__}, expected only {' and '.join(self.sides)}, "
-                    f"fix: leave {name} out"
-                )
-            if value < 1 or value % side.multiple != side.plus:
-                more = f" and {side.plus} more" if side.plus else ""
-                near = max(value // side.multiple, 1) * side.multiple + side.plus
-                raise FewstepError(
-                    f"found {name} = {value}, expected a multiple of {side.multiple}{more}, fix: {name} = {near}"
-                )
-        self._asked = {**self._asked, **size}
-
-    @property
-    def student_call(self) -> dict[str, Any]:
-        return {"guidance_scale": 1, **self._asked}
+    Raises:
+        FewstepError: a side that the `family` does not have, or cannot make.
+    """
+    for name, value in told.items():
+        side = sides.get(name)
+        if side is None:
+            raise FewstepError(
+                f"found {name} = {value} for {family}, expected "
+                f"{' or '.join(sides) or 'no size, as its samples have one size'}, fix: leave {name} out"
+            )
+        if value < 1 or value % side.multiple != side.plus:
+            more = f" and {side.plus} more" if side.plus else ""
+            near = max(value // side.multiple, 1) * side.multiple + side.plus
+            raise FewstepError(
+                f"found {name} = {value}, expected a multiple of {side.multiple}{more}, fix: {name} = {near}"
+            )
+    return {name: side.usual for name, side in sides.items()} | dict(told)

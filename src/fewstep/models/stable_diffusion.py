@@ -5,7 +5,7 @@ UNets that have the guidance scale embedded (latent consistency models) are told
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.pipelines import POOLED, STATES, decoded, encoded_images, in_batches, pixels
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 _TDM = "TDM paper, app. D"
 _DMD2 = "DMD2 paper, app. F"
@@ -50,8 +51,8 @@ class StableDiffusion(Backbone):
         },
     )
 
-    def __init__(self, pipeline: Any, source: str) -> None:
-        super().__init__(pipeline, source)
+    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
+        super().__init__(pipeline, source, size)
         if self._embeds_guidance:
             self.embedded_guidance, self.teacher_guidance = 7.5, 1.0
 
@@ -60,8 +61,13 @@ class StableDiffusion(Backbone):
         return self.pipeline.unet.config.time_cond_proj_dim is not None
 
     @property
+    def sides(self) -> dict[str, Side]:
+        config = self.pipeline.unet.config
+        return self._square(config.sample_size, 2 ** (len(config.block_out_channels) - 1))
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
-        return (self.pipeline.unet.config.in_channels, self.side, self.side)
+        return (self.pipeline.unet.config.in_channels, *self.latent_sides)
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype
@@ -130,7 +136,7 @@ class StableDiffusion(Backbone):
             return (predict(x, timestep.expand(len(x))),)
 
         return self.stock_pipeline(forward, scheduler)(
-            **self._prompt_arguments(len(noise)), **self.size_arguments(), latents=noise, guidance_scale=1.0,
+            **self._prompt_arguments(len(noise)), **self.size, latents=noise, guidance_scale=1.0,
             output_type="latent", **call,
         ).images  # fmt: skip
 
@@ -171,7 +177,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def _added_conditions(self, condition: Condition, dtype: torch.dtype) -> dict[str, Tensor] | None:
         pooled = condition[POOLED].to(dtype)
-        height, width = (side * self.pipeline.vae_scale_factor for side in self.latent_shape[-2:])
+        height, width = self.size["height"], self.size["width"]
         sizes = pooled.new_tensor([height, width, 0, 0, height, width])  # original, crop, target
         return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), 6)}
 

@@ -23,6 +23,7 @@ from fewstep.models.pipelines import (
     pixels,
 )
 from fewstep.models.recipes import Recipe, Setting
+from fewstep.models.sizes import Side
 
 _TDM_R1 = "TDM-R1's code, SD3.5-M at 512 pixels"
 
@@ -48,8 +49,13 @@ class StableDiffusion3(Backbone):
     )
 
     @property
+    def sides(self) -> dict[str, Side]:
+        config = self.pipeline.transformer.config
+        return self._square(config.sample_size, config.patch_size)
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
-        return (self.pipeline.transformer.config.in_channels, self.side, self.side)
+        return (self.pipeline.transformer.config.in_channels, *self.latent_sides)
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype
@@ -82,7 +88,8 @@ class StableDiffusion3(Backbone):
 
     def teacher_grid(self, steps: int) -> Tensor:
         scheduler, patch = self.pipeline.scheduler, self.pipeline.transformer.config.patch_size
-        shift = dynamic_shift(scheduler, (self.side // patch) ** 2)
+        height, width = self.latent_sides
+        shift = dynamic_shift(scheduler, height * width // patch**2)
         return grids.from_scheduler(scheduler, steps, self.process, **shift)
 
     def tapped_blocks(self, network: nn.Module) -> list[nn.Module]:
@@ -106,6 +113,6 @@ class StableDiffusion3(Backbone):
             latents=noise,
             guidance_scale=1.0,
             output_type="latent",
-            **self.size_arguments(),
+            **self.size,
             **call,
         ).images

@@ -127,12 +127,11 @@ def load_student(
 
         return load_routed(folder, dtype=dtype, device=device)
     card, grids = _read_card(folder)
-    size = card.get("image_size")
     if card["form"] == "pipeline":
-        backbone = load_backbone(folder, dtype=dtype, device=device, size=size)
+        backbone = load_backbone(folder, dtype=dtype, device=device, size=card.get("size"))
         network = backbone.network
     else:
-        backbone = load_backbone(card["teacher"], dtype=dtype, device=device, size=size)
+        backbone = load_backbone(card["teacher"], dtype=dtype, device=device, size=card.get("size"))
         network = _with_lora(backbone.network, folder).to(device)
     backbone.embedded_guidance = card.get("embedded_guidance", backbone.embedded_guidance)
     return Student(backbone, network, grids, card["steps_aware"], card, float(card.get("eta", 1)))

@@ -10,7 +10,7 @@ the same numbers, without an embedding for each token in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Predict, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import STATES, in_batches, rebuilt, stand_in
 from fewstep.models.recipes import Recipe, Setting
-from fewstep.models.sizes import Side, SizedBackbone, frames_side
+from fewstep.models.sizes import Side, frames_side
 from fewstep.models.videos import (
     call_default,
     decoded_by_statistics,
@@ -36,10 +36,11 @@ _PHASED = "Phased DMD, arXiv 2510.27684, appendix B (Wan2.2-A14B)"
 
 
 @register_backbone("WanTransformer3DModel")
-class Wan(SizedBackbone):
+class Wan(Backbone):
     """Adapter of `WanPipeline`. Latents (C, f, h, w)."""
 
     pipeline_classes = ("WanPipeline",)
+    output_name = "frames"
     teacher_guidance = 5.0  # the pipeline's own
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     recipe = Recipe(
@@ -51,8 +52,8 @@ class Wan(SizedBackbone):
         rank=Setting(64, _BLADE),
     )
 
-    def __init__(self, pipeline: Any, source: str) -> None:
-        super().__init__(pipeline, source)
+    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
+        super().__init__(pipeline, source, size)
         if pipeline.transformer_2 is not None and pipeline.config.boundary_ratio is not None:
             boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
             self.network = WanExperts(pipeline.transformer, pipeline.transformer_2, boundary).eval()

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
-from fewstep.models.backbone import Predict, register_backbone
+from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import STATES, decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
-from fewstep.models.recipes import Recipe, Setting
-from fewstep.models.sizes import Side, SizedBackbone
+from fewstep.models.recipes import NOT_MEASURED, Recipe, Setting
+from fewstep.models.sizes import Side
 from fewstep.models.videos import call_default
 
 LENGTH = "text_length"
@@ -28,14 +28,14 @@ LENGTH = "text_length"
 
 
 @register_backbone("ZImageTransformer2DModel")
-class ZImage(SizedBackbone):
+class ZImage(Backbone):
     """Adapter of `ZImagePipeline`. Latents (C, h, w)."""
 
     pipeline_classes = ("ZImagePipeline",)
     teacher_guidance = 6.0  # the pipeline's guidance_scale 5 unless told
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     recipe = Recipe(
-        guidance_scale=Setting(6.0),  # the pipeline's own; 1 for Turbo weights
+        guidance_scale=Setting(6.0, NOT_MEASURED + " (the pipeline's own; 1 for Turbo weights)"),
         shift=Setting(3.0, "Z-Image-Turbo's training shift, as its author states in Tongyi-MAI/Z-Image issue 74"),
         rank=Setting(32, "TDM-R1's released LoRA for Z-Image (alpha 64)"),
     )
@@ -100,7 +100,7 @@ class ZImage(SizedBackbone):
 
     @property
     def student_call(self) -> dict[str, Any]:
-        return {"guidance_scale": 0, **self._asked}
+        return {"guidance_scale": 0, **self.told_size}
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
         def forward(x: list[Tensor], t: Tensor, texts: list[Tensor], **others: Any) -> tuple[list[Tensor]]:
