@@ -17,9 +17,11 @@ from tiny_pixart import assert_latents_close
 from torch import Tensor
 
 import fewstep
+from fewstep.api import RoleOptions, defaults
 from fewstep.core.process import DiscreteVP
 from fewstep.data.real import RealImages
-from fewstep.methods import preset
+from fewstep.errors import FewstepError
+from fewstep.models import load_backbone, seeded_noise
 from fewstep.models.student import Student
 from fewstep.models.teacher import Teacher
 from fewstep.models.wan_experts import WanExperts
@@ -140,21 +142,69 @@ def test_pictures_are_the_pipelines_own(case: Case) -> None:
 
 @pytest.mark.parametrize("method", ["tdm", "dmd2"])
 def test_a_student_loads_in_the_stock_pipeline(case: Case, method: str, tmp_path: Path) -> None:
-    """After three iterations; DMD2 with its discriminator, and with fresh noise where the process has a scheduler."""
-    options, real, backbone = preset(method), None, case.teacher.backbone
+    """After three iterations by the family's recipe; DMD2 with its discriminator where the family has features."""
+    backbone = case.teacher.backbone
+    options, _, _ = defaults(case.teacher, method)
     if method == "dmd2":
-        eta = 0.0 if isinstance(backbone.process, DiscreteVP) else 1.0
+        eta = 0.0 if isinstance(backbone.process, DiscreteVP) else 1.0  # pipelines of flows draw their noise unseeded
         options = replace(options, eta=eta, critic_updates=2, gan_weight=0.0 if case.two_networks else 5e-3)
-        real = RealImages(backbone, case.teacher.sample(PROMPTS, SEEDS, 2, guidance_scale=1), PROMPTS)
-    train = TrainOptions(iterations=3, batch=2, warmup=1, student_rate=1e-2, tensorboard=False)
+    real = RealImages(backbone, case.teacher.sample(PROMPTS, SEEDS, 2, guidance_scale=1), PROMPTS)
     student = fewstep.distill(
-        case.teacher, options, out=tmp_path / "run", prompts=PROMPTS, real=real, train_options=train
-    )
-    count = max(student.grids)
+        case.teacher, options, out=tmp_path / "run", prompts=PROMPTS, roles=RoleOptions(rank=4, checkpointing=True),
+        real=real if method == "dmd2" else None,
+        train_options=TrainOptions(iterations=3, batch=2, warmup=1, student_rate=1e-2, tensorboard=False),
+    )  # fmt: skip
     ours = student.latents(PROMPTS, SEEDS)
     untrained = Student(backbone, backbone.network, student.grids, False, {}, student.eta).latents(PROMPTS, SEEDS)
     assert (ours - untrained).abs().max() > 1e-3 * ours.abs().max()
+    assert student.backbone.latent_shape == backbone.latent_shape
+    count = max(student.grids)
     call = {name: value for name, value in student.card["call"][str(count)].items() if name != "num_inference_steps"}
     theirs = case.unpacked(case.theirs(stock(tmp_path / "run" / "student"), 1.0, count, **call))
     assert_latents_close(ours, theirs, 1e-4)
-    print(student.card["call"], type(student.backbone.pipeline.scheduler))
+
+
+def test_the_readme_of_a_student_says_its_size(case: Case, tmp_path: Path) -> None:
+    backbone = case.teacher.backbone
+    call = backbone.student_call
+    told = {name: call[name] for name in case.family.size}
+    assert told == case.family.size
+    none = {"qwen-image": {"true_cfg_scale": 1}, "z-image": {"guidance_scale": 0}}
+    assert call.items() >= none.get(case.folder.name, {"guidance_scale": 1}).items()
+
+
+def test_encoded_pictures_have_the_scale_of_the_latents(case: Case) -> None:
+    """Decoding what encoding gives is what the autoencoder itself makes of the pictures."""
+    backbone = case.teacher.backbone
+    pictures = case.teacher.sample(PROMPTS[:1], SEEDS[:1], 2, guidance_scale=1).float() / 127.5 - 1
+    latents = backbone.encode_images(pictures)
+    assert latents.shape[1:] == backbone.latent_shape
+    ours = backbone.decode(latents).float() / 127.5 - 1
+    vae, inputs = backbone.pipeline.vae, pictures
+    if pictures.ndim == 5:
+        inputs = pictures.transpose(1, 2)
+    elif type(vae).__name__ == "AutoencoderKLQwenImage":
+        inputs = pictures.unsqueeze(2)
+    with torch.no_grad():
+        theirs = vae.decode(vae.encode(inputs).latent_dist.mode(), return_dict=False)[0]
+    theirs = theirs.transpose(1, 2) if pictures.ndim == 5 else theirs.reshape(pictures.shape)
+    torch.testing.assert_close(ours, theirs.clamp(-1, 1), rtol=0, atol=1.01 / 127.5)
+
+
+def test_bfloat16_bases_are_called_and_answer_in_float32(case: Case) -> None:
+    small = load_backbone(case.folder, dtype=torch.bfloat16, size=case.family.size or None)
+    x = seeded_noise(SEEDS, small.latent_shape)
+    with torch.no_grad():
+        out = small.call(small.network, x, torch.tensor([0.2, 0.6, 1.0]), small.encode(PROMPTS))
+    assert out.dtype == torch.float32
+    assert bool(out.isfinite().all())
+    exact = case.teacher.backbone
+    with torch.no_grad():
+        wanted = exact.call(exact.network, x, torch.tensor([0.2, 0.6, 1.0]), exact.encode(PROMPTS))
+    assert_latents_close(out, wanted, 0.05)
+
+
+@pytest.mark.parametrize(("size", "words"), [({"height": 13}, "height = 13"), ({"depth": 8}, "depth = 8")])
+def test_sizes_that_cannot_be_made_are_refused(case: Case, size: dict[str, int], words: str) -> None:
+    with pytest.raises(FewstepError, match=words):
+        load_backbone(case.folder, size=size)

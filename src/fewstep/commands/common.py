@@ -71,11 +71,19 @@ def guidance(model: Teacher | Student, scale: float | None) -> dict[str, Any]:
     return {}
 
 
-def load(source: str, device: torch.device) -> Teacher | Student:
-    """A student's folder, or anything `load_teacher` takes."""
+def load(source: str, device: torch.device, **sides: int) -> Teacher | Student:
+    """A student's folder, or anything `load_teacher` takes, at its pipeline's size unless `sides` tells another.
+
+    Raises:
+        FewstepError: sides for a student.
+    """
     from fewstep.api import load_teacher
     from fewstep.models.export import CARD
 
     if (Path(source) / CARD).is_file():
+        if sides:
+            raise FewstepError(
+                f"found {sides} for a student, expected no size, since it has its teacher's, fix: leave it out"
+            )
         return load_student(source, device=device)
-    return load_teacher(source, device=device)
+    return load_teacher(source, device=device, **sides)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +58,8 @@ def side_by_side(videos: Tensor, columns: int) -> Tensor:
 def _film(frames: Tensor, fps: int) -> bytes:
     """(F, 3, H, W) uint8 as the bytes of an .mp4 (H.264)."""
     try:
-        imageio: Any = __import__("imageio.v3").v3
-        __import__("imageio_ffmpeg")
+        import imageio.v3 as imageio
+        import imageio_ffmpeg  # noqa: F401  (what imageio writes films with)
     except ImportError as error:
         raise FewstepError(
             "found no imageio with ffmpeg, expected both for .mp4 files, fix: pip install 'fewstep[video]', or name "

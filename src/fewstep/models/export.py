@@ -148,11 +148,15 @@ def written_atomically(folder: Path) -> Iterator[Path]:
 def _check_form(form: str, roles: Roles) -> None:
     if form not in get_args(Form):
         raise FewstepError(f"found form {form!r}, expected one of {get_args(Form)}, fix: name one of these")
-    if form == "lora" and (roles.student_seat.adapter is None or roles.steps_aware):
+    backbone = roles.backbone
+    assert isinstance(backbone, Backbone)
+    several = backbone.network is not getattr(backbone.pipeline, backbone.network_name)  # as Wan2.2-A14B's
+    if form == "lora" and (roles.student_seat.adapter is None or roles.steps_aware or several):
         what = "a steps-aware student" if roles.steps_aware else "a student that is a full network"
+        what = "a student of two networks" if several else what
         raise FewstepError(
-            f"found {what} to be saved as a LoRA, expected an adapter that is not told its step count, fix: save the "
-            "pipeline (form 'pipeline')"
+            f"found {what} to be saved as a LoRA, expected one network's adapter that is not told its step count, "
+            "fix: save the pipeline (form 'pipeline')"
         )
 
 

@@ -91,7 +91,8 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -
     snr_shift = teachers.get("snr_shift_scale")
     if snr_shift is not None and not stochastic:  # CogVideoX
         yield Sampling(diffusers.CogVideoXDDIMScheduler(**config, **_TRAILING, snr_shift_scale=snr_shift), by_count)
-    config |= _snr_shifted(config, snr_shift or 1.0)
+    if snr_shift not in (None, 1) and isinstance(backbone.process, DiscreteVP):
+        config |= _written_out(backbone.process)
     if isinstance(backbone.process, DiscreteVP) and stochastic:
         levels = backbone.process.num_steps
         yield Sampling(diffusers.LCMScheduler(**config, **_RENOISING, original_inference_steps=levels), by_count)
@@ -111,6 +112,8 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -
         yield Sampling(diffusers.DDIMScheduler(**first, **_TRAILING), by_count, start)
         times = {len(grid) - 1: backbone.process.network_time(grid[:-1]).round().long().tolist() for grid in grids}
         in_full = {count: {"timesteps": times[count]} for count in counts}
+        if config.get("rescale_betas_zero_snr"):
+            config |= _written_out(backbone.process)
         yield Sampling(diffusers.DPMSolverMultistepScheduler(**config, **first_order), in_full)
     elif isinstance(backbone.process, Flow):
         from fewstep.models.flow_scheduler import FlowMatchStepsScheduler
@@ -138,17 +141,15 @@ def _shift_of(grids: Sequence[Tensor]) -> float:
     return round(t * (1 - even) / (even * (1 - t)), 6)
 
 
-def _snr_shifted(config: dict[str, Any], snr_shift: float) -> dict[str, Any]:
-    """What replaces the betas of `config` so that schedulers without a shift of the SNR have CogVideoX's levels."""
-    from diffusers import DDIMScheduler
+def _written_out(process: DiscreteVP) -> dict[str, Any]:
+    """The noise levels of `process` as betas, for schedulers that cannot make them from their own settings.
 
-    if snr_shift == 1:
-        return {}
-    unscaled = DDIMScheduler(**config | {"rescale_betas_zero_snr": False})
-    levels = unscaled.alphas_cumprod.double()
-    levels = levels / (snr_shift + (1 - snr_shift) * levels)
-    betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
-    return {"trained_betas": betas.tolist()}
+    The last beta stays below 1: schedulers that take logarithms of a level without signal put 2^-24 there, which moves
+    the samples by 4e-4 of their range.
+    """
+    table = process.alphas_cumprod
+    betas = 1 - table / torch.cat([table.new_ones(1), table[:-1]])
+    return {"trained_betas": betas.clamp(max=1 - 2**-24).tolist(), "rescale_betas_zero_snr": False}
 
 
 def _first_levels(config: dict[str, Any], levels: int) -> dict[str, Any]:

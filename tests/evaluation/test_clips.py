@@ -1,0 +1,70 @@
+"""Videos as files: which file by its ending, frame by frame."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.errors import FewstepError
+from fewstep.evaluation.clips import save_samples, side_by_side
+
+VIDEOS = torch.randint(0, 256, (3, 5, 3, 8, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_side_by_side_puts_each_video_in_its_cell() -> None:
+    sheet = side_by_side(VIDEOS, 2)
+    assert sheet.shape == (5, 3, 16, 20)
+    assert torch.equal(sheet[:, :, :8, 10:], VIDEOS[1])
+    assert torch.equal(sheet[:, :, 8:, :10], VIDEOS[2])
+    assert bool((sheet[:, :, 8:, 10:] == 255).all())
+
+
+def test_a_png_is_a_contact_sheet_with_a_row_per_video(tmp_path: Path) -> None:
+    sheet = np.asarray(Image.open(save_samples(tmp_path / "clips.png", VIDEOS, columns=3)))
+    assert sheet.shape == (24, 30, 3)
+    frame = sheet[8:16, 10:20]
+    assert np.array_equal(frame, VIDEOS[1, 2].permute(1, 2, 0))
+    assert np.array_equal(sheet[16:, 20:], VIDEOS[2, 4].permute(1, 2, 0))
+
+
+def test_images_are_pictures_whatever_the_ending(tmp_path: Path) -> None:
+    picture = np.asarray(Image.open(save_samples(tmp_path / "one.png", VIDEOS[:1, 0])))
+    assert np.array_equal(picture, VIDEOS[0, 0].permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("ending", [".gif", ".webp"])
+def test_animations_have_every_frame(tmp_path: Path, ending: str) -> None:
+    flat = torch.arange(5, dtype=torch.uint8).view(1, 5, 1, 1, 1).mul(50).expand(1, 5, 3, 8, 10)
+    with Image.open(save_samples(tmp_path / f"clip{ending}", flat, fps=10)) as film:
+        assert film.n_frames == 5
+        film.seek(3)
+        assert abs(int(np.asarray(film.convert("RGB")).mean()) - 150) < 8
+        assert film.info["duration"] == 100
+
+
+def test_a_film_names_the_extra_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio", None)
+    monkeypatch.setitem(sys.modules, "imageio.v3", None)
+    with pytest.raises(FewstepError, match=r"fewstep\[video\]"):
+        save_samples(tmp_path / "clip.mp4", VIDEOS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("imageio_ffmpeg") is None, reason="needs the extra video")
+def test_a_film_has_every_frame(tmp_path: Path) -> None:
+    import imageio.v3 as imageio
+
+    path = save_samples(tmp_path / "clip.mp4", VIDEOS.repeat_interleave(8, 3).repeat_interleave(8, 4), columns=2)
+    frames = imageio.imread(path, plugin="FFMPEG")
+    assert frames.shape == (5, 128, 160, 3)
+
+
+def test_other_endings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FewstepError, match=r"clip\.avi"):
+        save_samples(tmp_path / "clip.avi", VIDEOS)
