@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ def guidance(model: Teacher | Student, scale: float | None) -> dict[str, Any]:
     return {}
 
 
-def load(source: str, device: torch.device, sides: Mapping[str, int | None] | None = None) -> Teacher | Student:
+def load(source: str, device: torch.device, **sides: int) -> Teacher | Student:
     """A student's folder, or anything `load_teacher` takes, at its pipeline's size unless `sides` tells another.
 
     Raises:
@@ -80,9 +80,10 @@ def load(source: str, device: torch.device, sides: Mapping[str, int | None] | No
     from fewstep.api import load_teacher
     from fewstep.models.export import CARD
 
-    told = {name: value for name, value in (sides or {}).items() if value is not None}
     if (Path(source) / CARD).is_file():
-        if told:
-            raise FewstepError(f"found {told} for a student, expected no size, since it has its own, fix: leave it out")
+        if sides:
+            raise FewstepError(
+                f"found {sides} for a student, expected no size, since it has its teacher's, fix: leave it out"
+            )
         return load_student(source, device=device)
-    return load_teacher(source, device=device, **told)
+    return load_teacher(source, device=device, **sides)

@@ -25,12 +25,12 @@ class Sample:
     """Solver steps; the model's own unless told (students: those they were trained for)."""
     guidance_scale: float | None = None
     """For teachers only: 1 means none."""
-    height: int | None = None
-    """For teachers only: of the samples in pixels; the pipeline's own unless told."""
-    width: int | None = None
-    """Likewise."""
-    num_frames: int | None = None
-    """Frames of videos, likewise."""
+    height: int = 0
+    """For teachers only: in pixels; 0: what the pipeline makes."""
+    width: int = 0
+    """For teachers only: in pixels, likewise."""
+    num_frames: int = 0
+    """For teachers only: frames of a video; 0: as many as the pipeline makes."""
     seed: int = 0
     """Seed of the first picture; the next ones count up."""
     count: int = 1
@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> None:
             f"found count {args.count}, columns {args.columns}, fps {args.fps}, expected 1 or more, fix: change them"
         )
     texts = [text for text in texts for _ in range(args.count)]
-    sides = {name: getattr(args, name) for name in ("height", "width", "num_frames")}
-    model = load(args.student, choose_device(args.device), sides)
+    sides = {name: getattr(args, name) for name in ("height", "width", "num_frames") if getattr(args, name)}
+    model = load(args.student, choose_device(args.device), **sides)
     more = guidance(model, args.guidance_scale)
     images = model.sample(texts, list(range(args.seed, args.seed + len(texts))), args.steps, **more)
     print(save_samples(args.out, images, args.columns, args.fps))

@@ -45,7 +45,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.pipelines import rebuilt, stand_in
 from fewstep.models.quiet import quiet_libraries
 from fewstep.models.recipes import Recipe
-from fewstep.models.sizes import Side, chosen_size
+from fewstep.models.sizes import Side, check_size
 
 BACKBONES: dict[str, type[Backbone]] = {}
 """Adapters by the class name of the pipeline or network in `model_index.json`; filled by `register_backbone`."""
@@ -73,11 +73,6 @@ class Backbone(ABC):
     Args:
         pipeline: the loaded diffusers pipeline; its network is frozen and put in eval mode.
         source: the folder or Hub id it came from.
-        size: height and width in pixels, num_frames in frames, where they are not to be the pipeline's own; see
-            `sides`.
-
-    Raises:
-        FewstepError: a size that the family does not have or cannot make.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
@@ -105,12 +100,10 @@ class Backbone(ABC):
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""
 
-    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
+    def __init__(self, pipeline: Any, source: str) -> None:
         self.pipeline, self.source = pipeline, source
-        self.told_size = dict(size or {})
-        """What of `size` is not the pipeline's own choice."""
-        self.size = chosen_size(self.sides, self.told_size, type(self).__name__)
-        """All sides of a decoded sample, as arguments of the pipeline's call."""
+        self.told_size: dict[str, int] = {}
+        """What of `size` is not the pipeline's own choice: see `set_size`."""
         self.network: nn.Module = getattr(pipeline, self.network_name).requires_grad_(False).eval()
         """The teacher's network. Shared, never trained: see `fewstep.models.roles` for what is."""
         for part in self.pipeline.components.values():
@@ -121,6 +114,23 @@ class Backbone(ABC):
         self.prediction: str = prediction
         """What the network predicts, one of `fewstep.core.prediction.PREDICTIONS`."""
         self._null: Condition | None = None
+
+    @property
+    def size(self) -> dict[str, int]:
+        """All sides of a decoded sample, as arguments of the pipeline's call."""
+        return {name: side.usual for name, side in self.sides.items()} | self.told_size
+
+    def set_size(self, told: Mapping[str, int]) -> None:
+        """Make samples of another size from now on, teacher and students alike.
+
+        Args:
+            told: some of `sides`, in pixels or frames.
+
+        Raises:
+            FewstepError: a side that the family does not have or cannot make.
+        """
+        check_size(self.sides, told, type(self).__name__)
+        self.told_size = {**self.told_size, **told}
 
     def _square(self, side: int, multiple: int) -> dict[str, Side]:
         """`sides` of images that the pipeline makes square; both numbers are in latents, not pixels."""
@@ -350,7 +360,9 @@ def load_backbone(
             f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
-    return kind(pipeline.to(device), str(source), size)
+    backbone = kind(pipeline.to(device), str(source))
+    backbone.set_size(size or {})
+    return backbone
 
 
 def built_in() -> list[type[Backbone]]:

@@ -5,7 +5,7 @@ Outside, latents are (B, C, h, w) as everywhere; packing 2x2 of them into one to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,8 @@ class Flux(Backbone):
     teacher_guidance = 1.0
     recipe = Recipe(guidance_scale=Setting(1.0), shift=Setting(3.0))
 
-    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
-        super().__init__(pipeline, source, size)
+    def __init__(self, pipeline: Any, source: str) -> None:
+        super().__init__(pipeline, source)
         self._told = bool(pipeline.transformer.config.guidance_embeds)
         self.embedded_guidance = 3.5 if self._told else None
         self.teacher_steps = 28 if self._told else 4

@@ -46,7 +46,7 @@ class QwenImage(Backbone):
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     )  # fmt: skip
     recipe = Recipe(
-        guidance_scale=Setting(4.0, "not measured (the pipeline's own)"),
+        guidance_scale=Setting(4.0),  # the pipeline's own
         shift=Setting(3.0, "Phased DMD, arXiv 2510.27684, section 3"),
         student_rate=Setting(5e-5, "Phased DMD, arXiv 2510.27684, appendix B (DMD of a LoRA student)"),
         rank=Setting(64, "Phased DMD, arXiv 2510.27684, appendix B (alpha 8)"),

@@ -23,12 +23,8 @@ def frames_side(usual: int, compression: int) -> Side:
     return Side(usual, compression, 1 if compression > 1 else 0)
 
 
-def chosen_size(sides: Mapping[str, Side], told: Mapping[str, int], family: str) -> dict[str, int]:
-    """All of `sides`: those that were `told`, and the usual others.
-
-    Raises:
-        FewstepError: a side that the `family` does not have, or cannot make.
-    """
+def check_size(sides: Mapping[str, Side], told: Mapping[str, int], family: str) -> None:
+    """Raises FewstepError for a `told` side that the `family` does not have among `sides`, or cannot make."""
     for name, value in told.items():
         side = sides.get(name)
         if side is None:
@@ -42,4 +38,3 @@ def chosen_size(sides: Mapping[str, Side], told: Mapping[str, int], family: str)
             raise FewstepError(
                 f"found {name} = {value}, expected a multiple of {side.multiple}{more}, fix: {name} = {near}"
             )
-    return {name: side.usual for name, side in sides.items()} | dict(told)

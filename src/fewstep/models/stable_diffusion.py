@@ -5,7 +5,7 @@ UNets that have the guidance scale embedded (latent consistency models) are told
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -51,8 +51,8 @@ class StableDiffusion(Backbone):
         },
     )
 
-    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
-        super().__init__(pipeline, source, size)
+    def __init__(self, pipeline: Any, source: str) -> None:
+        super().__init__(pipeline, source)
         if self._embeds_guidance:
             self.embedded_guidance, self.teacher_guidance = 7.5, 1.0
 

@@ -10,7 +10,7 @@ the same numbers, without an embedding for each token in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ class Wan(Backbone):
         rank=Setting(64, _BLADE),
     )
 
-    def __init__(self, pipeline: Any, source: str, size: Mapping[str, int] | None = None) -> None:
-        super().__init__(pipeline, source, size)
+    def __init__(self, pipeline: Any, source: str) -> None:
+        super().__init__(pipeline, source)
         if pipeline.transformer_2 is not None and pipeline.config.boundary_ratio is not None:
             boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
             self.network = WanExperts(pipeline.transformer, pipeline.transformer_2, boundary).eval()

@@ -19,7 +19,7 @@ from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import STATES, decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
-from fewstep.models.recipes import NOT_MEASURED, Recipe, Setting
+from fewstep.models.recipes import Recipe, Setting
 from fewstep.models.sizes import Side
 from fewstep.models.videos import call_default
 
@@ -35,7 +35,7 @@ class ZImage(Backbone):
     teacher_guidance = 6.0  # the pipeline's guidance_scale 5 unless told
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     recipe = Recipe(
-        guidance_scale=Setting(6.0, NOT_MEASURED + " (the pipeline's own; 1 for Turbo weights)"),
+        guidance_scale=Setting(6.0),  # the pipeline's own; 1 for Turbo weights
         shift=Setting(3.0, "Z-Image-Turbo's training shift, as its author states in Tongyi-MAI/Z-Image issue 74"),
         rank=Setting(32, "TDM-R1's released LoRA for Z-Image (alpha 64)"),
     )
