@@ -84,6 +84,9 @@ class Backbone(ABC):
     network_name: ClassVar[str] = "transformer"
     """Name of the network among the pipeline's parts."""
 
+    output_name: ClassVar[str] = "images"
+    """Name of the samples in what the pipeline's call returns."""
+
     recipe: ClassVar[Recipe] = Recipe()
     """What the family is distilled with unless the user says otherwise."""
 

@@ -25,6 +25,7 @@ class CogVideoX(Backbone):
     """Adapter of `CogVideoXPipeline`, text to video: 2B, 5B and 1.5-5B. Latents (f, C, h, w)."""
 
     pipeline_classes = ("CogVideoXPipeline",)
+    output_name = "frames"
     teacher_guidance = 6.0  # the pipeline's own
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     recipe = Recipe(

@@ -204,7 +204,7 @@ def _pipeline_usage(backbone: Backbone, pipeline: Any, sampling: Sampling) -> li
         f"from {home} import {loader}",
         "",
         f'pipeline = {loader}.from_pretrained("FOLDER")',
-        *_calls(sampling, backbone.student_call),
+        *_calls(sampling, backbone),
     ]
 
 
@@ -220,16 +220,19 @@ def _lora_usage(backbone: Backbone, source: str, sampling: Sampling) -> list[str
         f'pipeline = DiffusionPipeline.from_pretrained("{source}")',
         f'{network} = PeftModel.from_pretrained({network}, "FOLDER")',
         f'pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")',
-        *_calls(sampling, backbone.student_call),
+        *_calls(sampling, backbone),
     ]
 
 
-def _calls(sampling: Sampling, more: Mapping[str, Any]) -> list[str]:
+def _calls(sampling: Sampling, backbone: Backbone) -> list[str]:
     """One call for each step count."""
+    more, output = backbone.student_call, backbone.output_name
+    name = "image" if output == "images" else "video"
     told = [
-        ", ".join(f"{name}={value!r}" for name, value in {**call, **more}.items()) for call in sampling.calls.values()
+        ", ".join(f"{argument}={value!r}" for argument, value in {**call, **more}.items())
+        for call in sampling.calls.values()
     ]
-    return [f'image = pipeline("a prompt", {arguments}).images[0]' for arguments in told]
+    return [f'{name} = pipeline("a prompt", {arguments}).{output}[0]' for arguments in told]
 
 
 def _readme(card: Mapping[str, Any], usage: Sequence[str]) -> str:

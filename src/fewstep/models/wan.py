@@ -40,6 +40,7 @@ class Wan(Backbone):
     """Adapter of `WanPipeline`. Latents (C, f, h, w)."""
 
     pipeline_classes = ("WanPipeline",)
+    output_name = "frames"
     teacher_guidance = 5.0  # the pipeline's own
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     recipe = Recipe(
