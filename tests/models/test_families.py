@@ -347,3 +347,10 @@ def test_the_law_is_seen_to_be_wrong() -> None:
     assert found(second(1.0), torch.sin(second(1.0))) is None
     assert "spread of 2.17" in str(found(second(2.0), torch.sin(second(2.0))))
     assert "ends" in str(found(second(1.0), second(1.0)))
+
+
+def test_fluxs_last_layer_takes_no_adapter_but_its_namesakes_do(folders) -> None:
+    backbone = load(folders, "flux-dev").backbone
+    adapted = {name.split(".lora")[0] for name in build_roles(backbone, rank=2).student_state()}
+    assert {"single_transformer_blocks.0.proj_out", "transformer_blocks.0.ff_context.net.2"} <= adapted
+    assert "proj_out" not in adapted
