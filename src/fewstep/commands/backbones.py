@@ -29,15 +29,11 @@ class Backbones:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print the settings, a paragraph for each family and method."""
     parse(Backbones, "backbones", arguments)
-    table = Table(*HEADINGS)
-    for row in rows():
-        table.add_row(*row)
-    Console().print(table)
+    for family, pipelines, method, *values, sources in rows():
+        named = [f"{name} {value}" for name, value in zip(COLUMNS, values, strict=True) if value]
+        print(f"{family} ({pipelines}), {method}\n  {'; '.join(named)}\n  from: {sources}")
 
 
 def rows() -> list[list[str]]:
@@ -75,3 +71,7 @@ def _text(value: Any) -> str:
 
 def _star(setting: Setting) -> str:
     return "" if setting.measured else "*"
+
+
+if __name__ == "__main__":
+    print(markdown())

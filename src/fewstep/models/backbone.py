@@ -78,6 +78,9 @@ class Backbone(ABC):
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
     """Where not empty: the pipelines this adapter imitates; others are refused."""
 
+    part_modules: ClassVar[tuple[str, ...]] = ()
+    """Modules, beside those of diffusers and transformers, that parts of such pipelines may come from."""
+
     network_name: ClassVar[str] = "transformer"
     """Name of the network among the pipeline's parts."""
 
@@ -448,12 +451,13 @@ def _adapter_for(index: dict[str, Any], source: str | Path) -> type[Backbone]:
             "parts as one of these pipelines, or register an adapter that imitates yours"
         )
     for name, (library, _) in parts.items():
-        if library in _OWN_LIBRARIES:
+        if library in (*_OWN_LIBRARIES, *kind.part_modules):
             import_module(library)  # diffusers looks up classes of others among the imported modules
         elif library is not None and library not in _LIBRARIES:
             raise FewstepError(
                 f"found part {name!r} of {source} from the library {library!r}, expected diffusers or transformers "
-                "(code of others is not run), fix: use a pipeline of stock parts"
+                "(code of others is not run unless the adapter's part_modules names it), fix: use a pipeline of stock "
+                "parts"
             )
     return kind
 
