@@ -27,6 +27,7 @@ Weights are read from safetensors only, and code that lies in a folder is never 
 from __future__ import annotations
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -155,6 +156,11 @@ class Backbone(ABC):
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one latent, without the batch axis."""
+
+    @property
+    def sample_batch(self) -> int:
+        """Samples drawn and decoded at a time unless told: 16 of 512-pixel images, 1 of videos, never above 32."""
+        return min(32, max(1, 2**18 // math.prod(self.latent_shape)))
 
     @abstractmethod
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
