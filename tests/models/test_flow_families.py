@@ -13,7 +13,7 @@ import tiny_flows
 import torch
 from diffusers import DiffusionPipeline
 from tiny_flows import PROMPTS
-from tiny_pixart import assert_latents_close
+from tiny_pixart import assert_latents_close, perturb
 from torch import Tensor
 
 import fewstep
@@ -21,7 +21,7 @@ from fewstep.api import RoleOptions, defaults
 from fewstep.core.process import DiscreteVP
 from fewstep.data.real import RealImages
 from fewstep.errors import FewstepError
-from fewstep.models import load_backbone, seeded_noise
+from fewstep.models import build_roles, load_backbone, seeded_noise
 from fewstep.models.student import Student
 from fewstep.models.teacher import Teacher
 from fewstep.models.wan_experts import WanExperts
@@ -171,6 +171,41 @@ def test_a_student_loads_in_the_stock_pipeline(case: Case, method: str, tmp_path
     told = {**case.family.unguided, **case.family.size, **case.family.call}
     assert all(f"{name}={value}" in readme for name, value in told.items())
     assert (".frames[0]" if len(backbone.latent_shape) == 4 else ".images[0]") in readme
+
+
+def test_adapters_sit_in_all_named_layers_and_checkpointing_changes_no_gradient(case: Case) -> None:
+    backbone, gradients = case.teacher.backbone, []
+    x, t = seeded_noise(SEEDS[:2], backbone.latent_shape), torch.tensor([0.95, 0.3])
+    condition = backbone.encode(PROMPTS[:2])
+    for checkpointing in (False, True):
+        roles = build_roles(backbone, "adapters", rank=2, checkpointing=checkpointing)
+        perturb(roles.student_parameters())
+        denoised = roles.student(x, t, condition)
+        roles.teacher(x, t, condition)  # leaves another adapter active
+        denoised.square().mean().backward()
+        named = zip(roles.student_state(), roles.student_parameters(), strict=True)
+        gradients.append({name: parameter.grad for name, parameter in named})
+    plain, checkpointed = gradients
+    for layer in backbone.adapter_layers:
+        assert any(f".{layer}.lora_A" in name for name in plain), layer
+    unreached = [name for name, gradient in plain.items() if gradient is None]
+    assert unreached == [name for name, gradient in checkpointed.items() if gradient is None]
+    assert all("txt_mlp" in name or "to_add_out" in name or "add_q_proj" in name for name in unreached)
+    for name in plain.keys() - set(unreached):
+        torch.testing.assert_close(checkpointed[name], plain[name])
+
+
+def test_copies_start_as_the_teacher(case: Case) -> None:
+    backbone = case.teacher.backbone
+    roles = build_roles(backbone, "copies")
+    x, t = seeded_noise(SEEDS[:2], backbone.latent_shape), torch.tensor([0.95, 0.3])
+    condition = backbone.encode(PROMPTS[:2])
+    with torch.no_grad():
+        wanted = roles.teacher(x, t, condition)
+        assert_latents_close(roles.student(x, t, condition), wanted, 1e-6)
+        perturb(roles.student_parameters())
+        assert (roles.student(x, t, condition) - wanted).abs().max() > 1e-3
+        assert_latents_close(roles.teacher(x, t, condition), wanted, 1e-6)
 
 
 def test_encoded_pictures_have_the_scale_of_the_latents(case: Case) -> None:

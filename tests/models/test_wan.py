@@ -148,3 +148,13 @@ def test_usual_sizes_are_the_pipelines_own(tmp_path: Path) -> None:
         assert fewstep.load_teacher(tmp_path, num_frames=frames).backbone.latent_shape[1] == (frames + 3) // 4
     with pytest.raises(FewstepError, match="num_frames = 16.*multiple of 4 and 1 more.*17"):
         fewstep.load_teacher(tmp_path, num_frames=16)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "copies"])
+def test_two_networks_on_disk_are_the_two_that_were_trained(a14b: Wan, tmp_path: Path, kind: str) -> None:
+    roles = build_roles(a14b, kind, rank=2)  # type: ignore[arg-type]
+    perturb(roles.student_parameters())
+    student = load_student(save_student(tmp_path / "student", roles, [grids.shifted(4, 5.0)], method="tdm"))
+    x, t, condition = seeded_noise([1, 2], a14b.latent_shape), torch.tensor([0.95, 0.3]), a14b.encode(PROMPTS[:2])
+    with torch.no_grad():
+        assert_latents_close(student.denoise(x, t, condition), roles.student(x, t, condition), 1e-5)

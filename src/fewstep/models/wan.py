@@ -49,6 +49,7 @@ class Wan(Backbone):
         critic_updates=Setting(1, _BLADE),
         student_rate=Setting(1e-4, _BLADE),
         critic_rate=Setting(5e-4, _BLADE),
+        roles=Setting("adapters", _BLADE),
         rank=Setting(64, _BLADE),
     )
 
