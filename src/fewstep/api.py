@@ -17,8 +17,9 @@ from fewstep.data.real import RealScenes
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
 from fewstep.methods import METHODS, Options, PhasedOptions, preset
-from fewstep.models.backbone import Backbone, adapter_of, load_backbone
+from fewstep.models.backbone import Backbone
 from fewstep.models.export import save_student
+from fewstep.models.loading import adapter_of, load_backbone
 from fewstep.models.recipes import Setting, applied
 from fewstep.models.roles import Roles, build_roles
 from fewstep.models.schedulers import choose_scheduler

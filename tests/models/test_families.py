@@ -18,8 +18,8 @@ from fewstep.data.real import RealImages
 from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.models import build_roles, load_student, save_student
-from fewstep.models.backbone import _adapter_for
 from fewstep.models.export import CARD
+from fewstep.models.loading import _adapter_for
 from fewstep.models.pipelines import unpack
 from fewstep.models.schedulers import Sampling, _problem, _problem_of_law, choose_scheduler
 from fewstep.models.teacher import Teacher

@@ -17,7 +17,8 @@ from fewstep.commands.backbones import markdown, rows
 from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.models import Recipe, Setting
-from fewstep.models.backbone import BACKBONES, adapter_of, built_in
+from fewstep.models.backbone import BACKBONES
+from fewstep.models.loading import adapter_of, built_in
 from fewstep.models.recipes import applied
 from fewstep.training.options import TrainOptions
 

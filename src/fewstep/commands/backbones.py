@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewstep.commands.common import parse
-from fewstep.models.backbone import Backbone, built_in
+from fewstep.models.backbone import Backbone
+from fewstep.models.loading import built_in
 from fewstep.models.recipes import NOT_MEASURED, Setting
 
 COLUMNS = {

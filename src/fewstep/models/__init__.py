@@ -8,7 +8,7 @@ from typing import Any
 _HOME = {
     "BACKBONES": "backbone",
     "Backbone": "backbone",
-    "load_backbone": "backbone",
+    "load_backbone": "loading",
     "register_backbone": "backbone",
     "seeded_noise": "backbone",
     "FunctionTeacher": "function_teacher",

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and SDXL: UNets that predict eps or v, over CLIP states.
+"""Stable Diffusion 1.x and 2.x: UNets that predict eps or v, over CLIP states.
 
 UNets that have the guidance scale embedded (latent consistency models) are told `embedded_guidance` in every call.
 """
@@ -15,7 +15,7 @@ from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
-from fewstep.models.pipelines import POOLED, STATES, decoded, encoded_images, in_batches, pixels
+from fewstep.models.pipelines import STATES, decoded, encoded_images, in_batches, pixels
 from fewstep.models.recipes import Recipe, Setting
 from fewstep.models.sizes import Side
 
@@ -25,7 +25,7 @@ _DMD2 = "DMD2 paper, app. F"
 
 @register_backbone("StableDiffusionPipeline")
 class StableDiffusion(Backbone):
-    """Adapter of `StableDiffusionPipeline`; the base of SDXL's."""
+    """Adapter of `StableDiffusionPipeline`; the base of SDXL's (`stable_diffusion_xl.py`)."""
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     network_name = "unet"
@@ -143,72 +143,3 @@ class StableDiffusion(Backbone):
     def _prompt_arguments(self, count: int) -> dict[str, Tensor]:
         """The empty prompt `count` times, as arguments of the pipeline's call."""
         return {"prompt_embeds": self.null_condition()[STATES].expand(count, -1, -1)}
-
-
-@register_backbone("StableDiffusionXLPipeline")
-class StableDiffusionXL(StableDiffusion):
-    """Adapter of `StableDiffusionXLPipeline`: two text encoders, pooled text and the image's size, no crop.
-
-    Its unconditional input is what the pipeline's own is without a negative prompt: zeros, not the encoded empty
-    prompt, where `force_zeros_for_empty_prompt` says so, as in the released weights.
-    """
-
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
-    teacher_guidance = 5.0
-    recipe: ClassVar[Recipe] = Recipe(
-        guidance_scale=Setting(8.0, _TDM),
-        shift=Setting(1.0, _TDM),
-        start_time=Setting(1.0, _TDM),
-        critic_updates=Setting(1, _TDM),
-        student_rate=Setting(1e-6, _TDM),
-        critic_rate=Setting(5e-6, _TDM),
-        roles=Setting("copies", _TDM),
-        by_method={
-            "dmd2": {
-                "guidance_scale": Setting(8.0, _DMD2),
-                "critic_updates": Setting(5, _DMD2),
-                "student_rate": Setting(5e-7, _DMD2),
-                "critic_rate": Setting(5e-7, _DMD2),
-                "gan_weight": Setting(5e-3, _DMD2),
-                "roles": Setting("copies", _DMD2),
-            }
-        },
-    )
-
-    def _added_conditions(self, condition: Condition, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        pooled = condition[POOLED].to(dtype)
-        height, width = self.size["height"], self.size["width"]
-        sizes = pooled.new_tensor([height, width, 0, 0, height, width])  # original, crop, target
-        return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), 6)}
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        def encoded(batch: list[str]) -> Condition:
-            states, _, pooled, _ = self.pipeline.encode_prompt(
-                batch, device=self.device, do_classifier_free_guidance=False
-            )
-            return {STATES: states, POOLED: pooled}
-
-        return in_batches(encoded, prompts)
-
-    @torch.no_grad()
-    def null_condition(self) -> Condition:
-        if self._null is None:
-            encoded = self.pipeline.encode_prompt("", device=self.device, do_classifier_free_guidance=True)
-            self._null = {STATES: encoded[1], POOLED: encoded[3]}
-        return self._null
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """As the pipeline, with its watermark if it has one."""
-        images = decoded(self.pipeline.vae, latents)
-        if self.pipeline.watermark is not None:
-            images = self.pipeline.watermark.apply_watermark(images)
-        return pixels(images)
-
-    def _prompt_arguments(self, count: int) -> dict[str, Tensor]:
-        null = self.null_condition()
-        return {
-            "prompt_embeds": null[STATES].expand(count, -1, -1),
-            "pooled_prompt_embeds": null[POOLED].expand(count, -1),
-        }

@@ -14,8 +14,9 @@ from fewstep.core import grids as time_grids
 from fewstep.core.solvers import SOLVERS
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
-from fewstep.models.backbone import Backbone, SeededNoise, load_backbone
+from fewstep.models.backbone import Backbone, SeededNoise
 from fewstep.models.export import CARD, CARD_FORMAT
+from fewstep.models.loading import load_backbone
 from fewstep.models.roles import STUDENT
 
 ROUTER = "router.json"

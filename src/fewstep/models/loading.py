@@ -1,0 +1,200 @@
+"""From a pipeline folder or Hub id to its adapter: `model_index.json` says which.
+
+Adapters are registered by importing their modules: ours, those that a user's program imports before `load_teacher`, and
+those that an installed package names as entry points, loaded when a folder names their class (docs/backbones.md):
+
+    [project.entry-points."fewstep.backbones"]
+    MyTransformer2DModel = "my_package.adapter:Mine"
+
+Weights are read from safetensors only, and code that lies in a folder is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.errors import FewstepError
+from fewstep.models.backbone import BACKBONES, Backbone
+from fewstep.models.quiet import quiet_libraries
+
+ENTRY_POINTS = "fewstep.backbones"
+"""Group of the entry points by which other packages name adapters; each is called as its network or pipeline."""
+
+_FAMILIES = (
+    "pixart", "stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "sana", "qwen_image", "z_image",
+    "cogvideox", "wan",
+)  # fmt: skip
+"""Modules beside this one whose import registers adapters."""
+
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: a package in diffusers, for safety checkers
+_OWN_LIBRARIES = (
+    "fewstep.models.steps_aware", "fewstep.models.flow_scheduler", "fewstep.models.expert_networks",
+)  # fmt: skip
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load_backbone(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    size: Mapping[str, int] | None = None,
+) -> Backbone:
+    """Load any pipeline whose network has an adapter.
+
+    Args:
+        source: a diffusers pipeline folder or a Hub id ("owner/name").
+        dtype: of all weights: float32, or bfloat16 for a frozen base that takes half the memory.
+        device: where to put it.
+        revision: branch, tag or commit on the Hub.
+        size: height, width, num_frames of its samples, where they are not to be the pipeline's own (`Backbone.sides`).
+
+    Raises:
+        FewstepError: no pipeline there, no adapter for its network, weights that are pickles, or parts that would need
+            code from the folder, or a size that the family does not have.
+    """
+    from diffusers import DiffusionPipeline
+
+    index = _read_index(source, revision)
+    kind = _adapter_for(index, source)
+    folder = Path(source)
+    try:
+        if not folder.is_dir():
+            folder = Path(DiffusionPipeline.download(str(source), revision=revision, use_safetensors=True))
+        refuse_pickles(folder)
+        with quiet_libraries():
+            pipeline_class = kind.pipeline_class(index["_class_name"])
+            pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        if getattr(pipeline, kind.network_name).dtype != dtype:  # older versions of diffusers do not know `dtype`
+            pipeline.to(dtype)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FewstepError):
+            raise
+        raise FewstepError(
+            f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
+            "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
+        ) from error
+    backbone = kind(pipeline.to(device), str(source))
+    backbone.set_size(size or {})
+    return backbone
+
+
+def built_in() -> list[type[Backbone]]:
+    """Our own adapters, each once, in the order of their families."""
+    modules = [import_module(f"fewstep.models.{family}").__name__ for family in _FAMILIES]
+    kinds = dict.fromkeys(kind for kind in BACKBONES.values() if kind.__module__ in modules)
+    return sorted(kinds, key=lambda kind: modules.index(kind.__module__))
+
+
+def adapter_of(source: str | Path, revision: str | None = None) -> type[Backbone]:
+    """The adapter of a pipeline folder or Hub id, told from `model_index.json` alone.
+
+    Raises:
+        FewstepError: as `load_backbone`.
+    """
+    return _adapter_for(_read_index(source, revision), source)
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises FewstepError if some part of a pipeline folder has weights only as pickles."""
+    for part in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        suffixes = {path.suffix for path in part.iterdir()}
+        found = sorted(suffixes.intersection(_PICKLES))
+        if found and ".safetensors" not in suffixes:
+            raise FewstepError(
+                f"found weights as {', '.join(found)} in {part}, expected safetensors (a pickle can run any code when "
+                "it is read), fix: load the pipeline where you trust it and save it "
+                "with save_pretrained(safe_serialization=True)"
+            )
+
+
+def _read_index(source: str | Path, revision: str | None) -> dict[str, Any]:
+    """`model_index.json` of a folder or Hub id."""
+    folder = Path(source)
+    if folder.exists():
+        try:
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FewstepError(
+                f"found no readable model_index.json in {folder}, expected a diffusers pipeline folder, fix: pass the "
+                "folder that save_pretrained of the whole pipeline wrote (not of one part)"
+            ) from error
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        from diffusers import DiffusionPipeline
+
+        try:
+            index = DiffusionPipeline.load_config(str(source), revision=revision)
+        except (OSError, ValueError) as error:
+            raise FewstepError(
+                f"found neither a folder nor a reachable Hub pipeline named {source} ({error}), expected one of these, "
+                "fix: check the name and the network"
+            ) from error
+    else:
+        raise FewstepError(
+            f"found nothing at {source}, expected a diffusers pipeline folder or a Hub id like 'owner/name', "
+            "fix: check the path"
+        )
+    if not isinstance(index, dict):
+        raise FewstepError(f"found a list in model_index.json of {source}, expected an object, fix: save it anew")
+    return index
+
+
+def _adapter_for(index: dict[str, Any], source: str | Path) -> type[Backbone]:
+    """The adapter of the pipeline that `index` describes, after a look at what loading it would run."""
+    if not isinstance(index.get("_class_name"), str):  # a list names a file with code
+        raise FewstepError(
+            f"found a pipeline class {index.get('_class_name')!r} in {source}, expected a class of diffusers (code of "
+            "others is not run), fix: use a stock pipeline"
+        )
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    network = next((part[1] for name, part in parts.items() if name in ("transformer", "unet")), None)
+    kind = _registered(index["_class_name"], str(network))
+    if kind is None:
+        raise FewstepError(
+            f"found a {index['_class_name']} with the network {network} in {source}, expected one of "
+            f"{sorted(BACKBONES)}, fix: write an adapter, a subclass of fewstep.models.Backbone (docs/backbones.md), "
+            f"and register it with @register_backbone({str(network)!r}) in a module that you import, or as an "
+            f"entry point of the group {ENTRY_POINTS!r} in your package"
+        )
+    if kind.pipeline_classes and index["_class_name"] not in kind.pipeline_classes:
+        raise FewstepError(
+            f"found a {index['_class_name']} in {source}, expected one of {list(kind.pipeline_classes)}, fix: save the "
+            "parts as one of these pipelines, or register an adapter that imitates yours"
+        )
+    for name, (library, _) in parts.items():
+        if library in (*_OWN_LIBRARIES, *kind.part_modules):
+            import_module(library)  # diffusers looks up classes of others among the imported modules
+        elif library is not None and library not in _LIBRARIES:
+            raise FewstepError(
+                f"found part {name!r} of {source} from the library {library!r}, expected diffusers or transformers "
+                "(code of others is not run unless the adapter's part_modules names it), fix: use a pipeline of stock "
+                "parts"
+            )
+    return kind
+
+
+def _registered(*names: str) -> type[Backbone] | None:
+    """The adapter for the first of `names` that has one: registered by hand, ours, or named by an installed package."""
+    built_in()
+    for name in names:
+        if name in BACKBONES:
+            return BACKBONES[name]
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            kind = entry.load()
+            if not (isinstance(kind, type) and issubclass(kind, Backbone)):
+                raise FewstepError(
+                    f"found the entry point {name} = {entry.value!r} of the group {ENTRY_POINTS!r} that is no "
+                    "adapter, expected a subclass of fewstep.models.Backbone, fix: correct it in the package that "
+                    "names it"
+                )
+            return BACKBONES.setdefault(name, kind)
+    return None
