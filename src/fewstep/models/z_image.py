@@ -18,13 +18,10 @@ from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import STATES, decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
+from fewstep.models.pipelines import MASK, STATES, decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
 from fewstep.models.recipes import Recipe, Setting
 from fewstep.models.sizes import Side
 from fewstep.models.videos import call_default
-
-LENGTH = "text_length"
-"""Condition key: how many of the text states (B, 512, width) are words, which come first (B,)."""
 
 
 @register_backbone("ZImageTransformer2DModel")
@@ -54,7 +51,7 @@ class ZImage(Backbone):
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype
-        lengths = condition[LENGTH].tolist()
+        lengths = condition[MASK].sum(1).tolist()  # words come first
         texts = [states[:length] for states, length in zip(condition[STATES].to(dtype), lengths, strict=True)]
         outputs = network(list(x.to(dtype).unsqueeze(2)), (1 - t).float(), texts, return_dict=False)[0]
         flow = -torch.stack(outputs).squeeze(2).to(x.dtype)
@@ -69,7 +66,8 @@ class ZImage(Backbone):
                 batch, device=self.device, do_classifier_free_guidance=False, max_sequence_length=longest
             )
             states = torch.cat([padded(text[None], longest) for text in texts])
-            return {STATES: states, LENGTH: torch.tensor([len(text) for text in texts], device=states.device)}
+            mask = torch.cat([padded(text.new_ones(1, len(text), dtype=torch.long), longest) for text in texts])
+            return {STATES: states, MASK: mask}
 
         return in_batches(encoded, prompts)
 
@@ -109,7 +107,7 @@ class ZImage(Backbone):
 
         null = self.null_condition()
         return self.stock_pipeline(forward, scheduler)(
-            prompt_embeds=[null[STATES][0, : int(null[LENGTH])]] * len(noise),
+            prompt_embeds=[null[STATES][0, : int(null[MASK].sum())]] * len(noise),
             latents=noise.to(self.device),
             guidance_scale=0,
             output_type="latent",
