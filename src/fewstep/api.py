@@ -295,7 +295,8 @@ def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path, want
 
     student = LiveStudent(seats, options)
     embedded = Path(student.backbone.source) == shipped(TEACHER_FOLDER)
-    prompts = default_prompts(16) if embedded else list(texts[:16])
+    shown = 4 if len(student.backbone.latent_shape) == 4 else 16  # of videos a few
+    prompts = default_prompts(shown) if embedded else list(texts[:shown])
 
     def draw(iteration: int) -> None:
         for count in student.grids:

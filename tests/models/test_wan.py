@@ -144,6 +144,7 @@ def test_usual_sizes_are_the_pipelines_own(tmp_path: Path) -> None:
     tiny_flows.wan().save_pretrained(tmp_path)
     backbone = fewstep.load_teacher(tmp_path).backbone
     assert backbone.latent_shape == (4, 21, 60, 104)
+    assert backbone.sample_batch == 1
     for frames in (1, 17):
         assert fewstep.load_teacher(tmp_path, num_frames=frames).backbone.latent_shape[1] == (frames + 3) // 4
     with pytest.raises(FewstepError, match="num_frames = 16.*multiple of 4 and 1 more.*17"):

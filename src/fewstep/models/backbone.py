@@ -20,6 +20,7 @@ How a folder finds its adapter, also one of another package, is in `loading.py` 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -130,6 +131,11 @@ class Backbone(ABC):
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one latent, without the batch axis."""
+
+    @property
+    def sample_batch(self) -> int:
+        """Samples drawn and decoded at a time unless told: 16 of 512-pixel images, 1 of videos, never above 32."""
+        return min(32, max(1, 2**18 // math.prod(self.latent_shape)))
 
     @abstractmethod
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -83,7 +83,7 @@ class Student:
         steps: int | None = None,
         *,
         solver: str = "trained",
-        batch: int = 32,
+        batch: int | None = None,
     ) -> Tensor:
         """Images (B, 3, H, W), or videos (B, F, 3, H, W), uint8 on the CPU.
 
@@ -92,9 +92,10 @@ class Student:
             seeds: B seeds; a seed gives the noise that the diffusers pipeline draws with a generator of that seed.
             steps: network calls, one of `self.grids`; the largest unless told.
             solver: as `trained`, or "ddim", "lcm" (fresh noise at every step), "dpmpp_2m", "heun" (2K - 1 calls).
-            batch: how many at a time.
+            batch: how many at a time, 1 or more; fewer for larger latents unless told (`Backbone.sample_batch`).
         """
         parts = []
+        batch = self.backbone.sample_batch if batch is None else batch
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             parts.append(self.backbone.decode(self.latents(prompts[part], seeds[part], steps, solver=solver)))

@@ -83,7 +83,7 @@ class Teacher:
         *,
         guidance_scale: float | None = None,
         solver: str = "ddim",
-        batch: int = 32,
+        batch: int | None = None,
     ) -> Tensor:
         """Images (B, 3, H, W), or videos (B, F, 3, H, W), uint8 on the CPU.
 
@@ -93,11 +93,12 @@ class Teacher:
             steps: solver steps; guided ones cost two network calls.
             guidance_scale: uncond + w (cond - uncond); 1 means none.
             solver: "ddim", "heun" or "dpmpp_2m".
-            batch: how many at a time.
+            batch: how many at a time, 1 or more; fewer for larger latents unless told (`Backbone.sample_batch`).
         """
         if not prompts:
             raise FewstepError("found no prompt, expected at least one, fix: pass a prompt")
         parts = []
+        batch = self.backbone.sample_batch if batch is None else batch
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             latents = self.latents(
