@@ -18,6 +18,7 @@ COMMANDS = {
     "methods": "the methods: paper, what they need, network forwards per iteration",
     "teacher": "build, sample and measure the embedded teacher",
     "check": "run the known answers and print the table",
+    "league": "all methods at an equal budget of network forwards, in tables",
     "demo": "the whole promise in minutes: distil the embedded teacher and compare",
 }
 
