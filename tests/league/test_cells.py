@@ -188,6 +188,7 @@ def test_report_of_the_embedded_teacher(tmp_path: Path) -> None:
         (["mixtures", "--steps", "0"], "1 or more"),
         (["mixtures", "--forwards", "3"], "raise --forwards"),
         (["mixtures", "--count", "3"], "2000 or more"),
+        (["emoji", "--count", "5000"], "16 to 1024"),
         (["mixtures", "--batch", "0"], "1 or more"),
         (["report", "--out", "/nowhere"], "found no result in /nowhere"),
     ],

@@ -104,7 +104,6 @@ def _emoji(arguments: list[str]) -> None:
     from fewstep.league.emoji import EmojiLeague
 
     args = parse(Emoji, "league emoji", arguments)
-    _require("count", args.count, 16)
     device = choose_device(args.device)
     _play(EmojiLeague(args.forwards, args.batch, args.count, args.precision, device), args)
 

@@ -6,7 +6,7 @@ import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +15,7 @@ from fewstep.api import EMOJI, RoleOptions, distill, load_teacher
 from fewstep.data.pairs import TeacherPairs
 from fewstep.data.prompts import training_captions
 from fewstep.errors import FewstepError
-from fewstep.evaluation.run import evaluate_scenes, record
+from fewstep.evaluation.run import evaluate_scenes, record, reference_features
 from fewstep.league.budget import PAIR_STEPS, plan
 from fewstep.league.cells import Cell, machine
 from fewstep.league.entries import Entry, guided_by
@@ -51,7 +51,12 @@ class EmojiLeague:
     """Of the networks in training; samples that are scored are made in fp32."""
     device: torch.device
 
-    name = EMOJI
+    name: ClassVar[str] = EMOJI
+
+    def __post_init__(self) -> None:
+        most = len(reference_features())
+        if not 16 <= self.count <= most:
+            raise FewstepError(f"found count {self.count}, expected 16 to {most} images, fix: change --count")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -112,7 +117,7 @@ class EmojiLeague:
         )
 
     def _attention(self) -> AbstractContextManager[Any]:
-        """Plain attention for bf16 on a CPU, where the fused one is slower than fp32."""
+        """Plain attention for bf16 on a CPU: the fused one's backward pass takes half as long again."""
         plain = self.precision == "bf16" and self.device.type == "cpu"
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,9 @@ MIXTURES = [
 _NOTES = {
     "mixtures": "A mixture of eight modes of weights 1 to 4 in the plane, on the cosine process; samples against "
     "samples of the exact law. Smallest mode: its share of the samples over its weight, 1 is right. Nothing is guided "
-    "there, so methods that differ in guidance alone are one.",
+    "there, so methods that differ in guidance alone are one. Seconds are the core's own.",
     "emoji": "Students of the embedded teacher on held-out captions, against the teacher's guided 50-step samples with "
-    "other seeds. Open styles: shares of the styles where the caption leaves them open.",
+    "other seeds. Open styles: their shares where the caption leaves the style open. Seconds are the wall's.",
 }
 _COMMON = (
     "Every training has the same budget of network forwards for each place of the batch (guided calls count 2, the "
@@ -109,14 +110,15 @@ def section(name: str, settings: Mapping[str, Any], found: Sequence[Row]) -> str
     columns = EMOJI if name == "emoji" else MIXTURES
     title = "the embedded teacher" if name == "emoji" else "a mixture with a known law"
     finished = [row for row in found if "error" not in row]
-    parts = [f"## The league on {title}", _made_by(name, settings, finished), _NOTES[name], _COMMON]
+    parts = [f"## The league on {title}", *map(_wrapped, (_made_by(name, settings, finished), _NOTES[name], _COMMON))]
     if finished:
         shown = [column for column in columns if column not in COST]
-        parts.append(_table(["sampler", *_titles(shown)], _reference_rows(name, settings, shown)))
+        if rows := _reference_rows(name, settings, shown):
+            parts.append(_table(["sampler", *_titles(shown)], rows))
     for steps in sorted({int(steps) for row in finished for steps in row["scores"]}):
-        rows = [row | row["scores"][str(steps)] | _cost(row) for row in finished if str(steps) in row["scores"]]
+        scored = [row | row["scores"][str(steps)] | _cost(row) for row in finished if str(steps) in row["scores"]]
         parts.append(f"**{steps} step{'s' * (steps > 1)}**")
-        parts.append(_table(["method", "seeds", *_titles(columns)], _method_rows(rows, columns)))
+        parts.append(_table(["method", "seeds", *_titles(columns)], _method_rows(scored, columns)))
     failed = [f"- {row['cell']}: {row['error']}" for row in found if "error" in row]
     if failed:
         parts.append("\n".join(["Failed:", *failed]))
@@ -182,8 +184,13 @@ def _titles(columns: Sequence[Column]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    first, *others = [f"| {' | '.join(line)} |" for line in (head, *rows)]
+    return "\n".join([first, "|" + "---|" * len(head), *others])
+
+
+def _wrapped(text: str) -> str:
+    """As wide as the document's other text."""
+    return textwrap.fill(text, 145, break_long_words=False, break_on_hyphens=False)
 
 
 def _inserted(text: str, name: str, section: str) -> str:
