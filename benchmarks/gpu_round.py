@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 
 PARTS = ("teacher", "runs", "league")
+CONTINUED = ("runs", "league")
+"""Parts that know themselves what is left to do, and are called in every round."""
 PROCESSES = 4
 """That share the league: its networks are too small for one process to fill a GPU."""
 
@@ -93,8 +95,9 @@ def main() -> None:
         if name in done or left < 60:
             continue
         work[name](args.out, left)
-        done.append(name)
-        done_file.write_text(json.dumps(done))
+        if name not in CONTINUED:
+            done.append(name)
+            done_file.write_text(json.dumps(done))
 
 
 if __name__ == "__main__":
