@@ -133,6 +133,7 @@ def distill(
         critic_rank=roles.critic_rank,
         layers=roles.layers,
         checkpointing=roles.checkpointing,
+        critic=needs.critic or (needs.discriminator and features == "critic"),
         discriminator=features if needs.discriminator else "none",
         steps_aware=needs.steps_condition or needs.landing_condition,
         seed=train_options.seed,
