@@ -19,7 +19,7 @@ from fewstep.losses.matching import Metric, Normaliser
 from fewstep.methods.tau import TauLaw, tau_bounds
 
 if TYPE_CHECKING:
-    from fewstep.methods.base import Method
+    from fewstep.methods.base import ChainNoise, Method
 
 Guidance = Literal["coupled", "decoupled"]
 GuidanceLevels = Literal["cleaner", "full", "shared", "noisier"]
@@ -109,6 +109,11 @@ class MatchingOptions:
     """Weight of the student's adversarial loss, 0 or more; above 0 it needs real data (DMD2: 1e-3 to 5e-3)."""
     discriminator_weight: float = 0.01
     """Weight of the discriminator's loss beside the critic's, above 0 (DMD2: 1e-2)."""
+
+    @property
+    def chain_noise(self) -> ChainNoise:
+        """New noise at every step."""
+        return "fresh"
 
     @property
     def counts(self) -> tuple[int, ...]:
