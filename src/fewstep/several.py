@@ -29,6 +29,7 @@ from fewstep.api import (
     _training_prompts,
     export,
     load_teacher,
+    with_moments,
 )
 from fewstep.data.prompts import PromptData
 from fewstep.data.real import RealScenes
@@ -169,6 +170,7 @@ def distill_part(
     if real is None and any(stage.options.build().needs.real_data for stage in stages):
         _own_scenes(backbone, "msd", first.seed)  # refuses teachers whose data we do not have
         real = ScenesOfPart(backbone, first.seed, router, part - 1)
+    stages = tuple(replace(stage, options=with_moments(stage.options, Teacher(backbone), own)) for stage in stages)
     shape = {"depth": depth, "width": width} if smaller else {}
 
     def turn(stage: Stage) -> Turn:
@@ -224,7 +226,7 @@ def _begin(
 ) -> tuple[Backbone, list[str]]:
     """Backbone and prompts; refuses a student that no pipeline could sample."""
     backbone = (teacher if isinstance(teacher, Teacher) else load_teacher(teacher)).backbone
-    choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta)
+    choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)
     return backbone, _training_prompts(backbone.source, prompts)
 
 
