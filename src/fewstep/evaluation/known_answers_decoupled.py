@@ -91,7 +91,7 @@ def resting_variances(variances: Tensor, factor: float, process: Process, o: Dec
 
 
 def guided_gaussian(
-    process: Process, method: Decoupled | None = None, right: DecoupledOptions | None = None
+    process: Process, method: Decoupled | None = None, right: DecoupledOptions | None = None, iterations: int = 450
 ) -> Iterator[Answer]:
     """The covariance of either call's clean prediction is that at which guidance and matching cancel, within 5 %.
 
@@ -109,7 +109,7 @@ def guided_gaussian(
         wider(teacher),  # type: ignore[arg-type]
         student,
         critic,
-        iterations=450,
+        iterations=iterations,
         batch=count,
         student_rate=0.015,
         critic_rate=0.015,
@@ -215,7 +215,7 @@ def guidance_and_matching() -> Iterator[Answer]:
     yield at_most("decoupled T5 guided law: distance of the variance from 0.00376", abs(variance - GUIDED_LAW[1]), 1e-3)
     alone = trained_law(replace(ENGINE, regulariser="none"))
     yield at_least("decoupled T6 guidance alone, mean after 500 steps (diverges, as the card says)", alone[0], 8.0)
-    matched = trained_law(replace(ENGINE, guidance_scale=1.0))
+    matched = trained_law(replace(ENGINE, guidance_scale=1.0), 300)
     yield at_most("decoupled T6 matching alone: distance of the mean from 1", abs(matched[0] - 1), 0.02)
     both = trained_law(ENGINE)
     yield at_most("decoupled T6 guidance and matching: distance of the mean from 2.3", abs(both[0] - 2.3), 0.1)
