@@ -19,6 +19,7 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import LABEL
 from fewstep.evaluation.known_answers_decoupled import (
     ENGINE,
+    bounded_law,
     gaussian_options,
     guided_gaussian,
     resting_variances,
@@ -240,6 +241,21 @@ def test_moments_take_the_place_of_matching() -> None:
 def test_guidance_alone_runs_away() -> None:
     """T6's first column, from a mean of 0 towards 1; the rest is in the known answers."""
     assert trained_law(replace(ENGINE, regulariser="none"), 100)[0] == pytest.approx(2.6, abs=0.15)
+
+
+def test_what_bounds_guidance_and_what_keeps_variety() -> None:
+    """Card section 9, 2: moments bound saturation and not the collapse; an exact discriminator does both."""
+    nothing, moments, judged = (
+        bounded_law(replace(ENGINE, **changes), 100)
+        for changes in (
+            {"regulariser": "none"},
+            {"regulariser": "mean_variance", "moment_mean": 0.0, "moment_variance": 1.09},
+            {"regulariser": "gan", "gan_weight": 0.1},
+        )
+    )
+    assert nothing[0] > 2.5 > 2 > moments[0] > 1.4 > judged[0] > 1
+    assert max(nothing[1], moments[1]) < 0.05
+    assert judged[1] > 0.2
 
 
 # End to end
