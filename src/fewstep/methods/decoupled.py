@@ -12,11 +12,13 @@ than the student's input; matching sees all of them. Matching may be replaced by
 (`guidance_levels` noisier), guidance goes on pushing what is long resolved (docs/findings/decoupled-guidance.md).
 
 The paper's schedules: 1 coupled-shared, guidance levels `shared`; 2 full, `full`; 3 constrained, `cleaner` with
-matching levels `cleaner`; 4 hybrid, `cleaner` with `full`, the default. With `shared` levels and a joint normaliser the
-terms add up to guided DMD (preset `decoupled-shared`); with one normaliser each, as in public code, they do so in no
-schedule, and w - 1 is not the ratio of the two any more.
+matching levels `cleaner`; 4 hybrid, `cleaner` with `full`, the default. With `shared` levels, a joint normaliser and
+the metric `l2` the terms add up to guided DMD (preset `decoupled-shared`); with one normaliser each, as in public
+code, they do so in no schedule, and w - 1 is not the ratio of the two any more. Each term has a half of the squared
+distance to its target, public code the whole: its steps are twice as long.
 
-Any other matching method has the first two options as well: this file adds schedule 3 and the other regularisers.
+Every matching method (TDM, DMD2, ...) has `guidance` and `guidance_levels`; this one adds matching levels, so schedule
+3, and the other regularisers.
 
 Needs a teacher that was trained with dropped prompts and is not itself distilled from guidance: else its two answers
 mean nothing. Needs a critic where it matches, a discriminator and real data for a GAN. At K = 4, matching, with five
