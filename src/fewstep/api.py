@@ -115,13 +115,14 @@ def distill(
             teacher, options, out=out, prompts=prompts, real=real, roles=roles, train_options=train_options,
             hooks=hooks, resume=resume,
         )  # fmt: skip
-    needs = options.build().needs
+    recipe = options.build()
+    needs = recipe.needs
     train_options.validate()
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
     backbone = teacher.backbone
     texts = _training_prompts(backbone.source, prompts)
     if needs.real_data and real is None:
-        real = _own_scenes(backbone, options.build().name, train_options.seed)
+        real = _own_scenes(backbone, recipe.name, train_options.seed)
     if needs.pairs and pairs is None:
         pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
     features = needs.features if roles.discriminator == "method" else roles.discriminator

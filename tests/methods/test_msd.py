@@ -18,6 +18,7 @@ from fewstep.data.prompts import training_captions
 from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import LABEL, MixtureTeacher
 from fewstep.evaluation.toy import LinearStudent, PolynomialCritic, distil
+from fewstep.methods import DecoupledOptions
 from fewstep.methods.msd import msd_stages
 from fewstep.methods.tdm import TDM
 from fewstep.methods.tdm_options import TDMOptions
@@ -235,6 +236,19 @@ def test_the_last_stage_adds_a_discriminator_to_student_and_critic_of_the_second
     assert began["adm"].keys() - heads == critic.keys()
     assert all(torch.equal(began["adm"][name], value) for name, value in critic.items())
     assert any(not torch.equal(began["dm"][name], value) for name, value in critic.items())
+
+
+def test_a_part_is_held_at_moments_measured_for_its_own_prompts(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fewstep.api, "_MEASURED", 16)
+    dm = DecoupledOptions(regulariser="mean_variance", steps=2)
+    made = {}
+    for part in (1, 2):
+        student = distill_part(tiny_teacher, part, out=tmp_path, parts=2, dm=dm, prompts=WORDS, train_options=QUICK)
+        made[part] = student.card["details"]["method"]["moment_mean"]
+        assert not (tmp_path / f"part-{part}" / "dm" / "checkpoints" / "000002" / "critic.safetensors").exists()
+    assert made[1] != made[2]
 
 
 def test_the_discriminator_of_a_part_sees_scenes_of_that_part_alone() -> None:
