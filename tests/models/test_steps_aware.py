@@ -69,12 +69,12 @@ def test_each_adapter_has_its_own_embedding(backbone: Backbone, batch) -> None:
         assert torch.equal(roles.teacher(x, t, condition), teacher)
 
 
-def test_a_network_of_experts_is_not_made_steps_aware(backbone: Backbone) -> None:
+def test_a_network_of_experts_is_not_made_steps_aware(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would lose its later experts without a word."""
     experts = switching_network([copy.deepcopy(backbone.network) for _ in range(2)], [500.0])
     with pytest.raises(FewstepError, match=r"ExpertsPixArtTransformer2DModel that is to be told.*fix:"):
         made_steps_aware(experts)
-    backbone.network = experts
+    monkeypatch.setattr(backbone, "network", experts)
     with pytest.raises(FewstepError, match="ExpertsPixArtTransformer2DModel"):
         build_roles(backbone, "adapters", rank=4, steps_aware=True)
 
