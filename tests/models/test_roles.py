@@ -244,6 +244,30 @@ def test_what_is_trained(backbone: Backbone) -> None:
     assert trained == {id(p) for p in roles.student_seat.network.parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_roles_without_a_critic_hold_nothing_for_it(backbone: Backbone, batch, kind: str) -> None:
+    x, t, condition = batch
+    roles, full = (build_roles(backbone, kind, rank=4, critic=critic) for critic in (False, True))
+    assert roles.critic_parameters() == []
+    assert roles.critic_state() == {}
+    assert roles.student_state().keys() == full.student_state().keys()
+    assert all(torch.equal(value, full.student_state()[name]) for name, value in roles.student_state().items())
+    assert not any(f".{CRITIC}." in name for name, _ in roles.student_seat.network.named_parameters())
+    perturb(roles.student_parameters())
+    assert gradient(roles.student_parameters(), roles.student(x, t, condition).square().mean()).norm() > 0
+    with pytest.raises(FewstepError, match="roles without a critic"):
+        roles.critic(x, t, condition)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_discriminator_on_the_teacher_needs_no_critic(backbone: Backbone, batch, kind: str) -> None:
+    roles = build_roles(backbone, kind, rank=4, critic=False, discriminator="teacher")
+    assert roles.critic_state().keys() == {name for name in roles.critic_state() if name.startswith("discriminator.")}
+    assert gradient(roles.critic_parameters(), roles.discriminator(*batch).mean()).norm() > 0
+    with pytest.raises(FewstepError, match="critic that is not there"):
+        build_roles(backbone, kind, critic=False, discriminator="critic")
+
+
 def test_a_small_base_has_float32_adapters(folder: Path, batch) -> None:
     x, t, _ = batch
     backbone = load_backbone(folder, dtype=torch.bfloat16)
