@@ -183,10 +183,20 @@ def test_moments_are_measured_on_the_teachers_own_latents_unless_given(tmp_path:
     assert (half.moment_mean, half.moment_variance) == (0.075, made["moment_variance"])
 
 
-@pytest.mark.parametrize("name", ["decoupled", "decoupled-constrained", "decoupled-shared"])
-def test_decoupled_presets_distil(name: str, tmp_path: Path, tiny_teacher: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("decoupled", "adapters"),
+        ("decoupled", "copies"),
+        ("decoupled-constrained", "mixed"),
+        ("decoupled-shared", "adapters"),
+    ],
+)
+def test_decoupled_presets_distil(name: str, kind: str, tmp_path: Path, tiny_teacher: Path) -> None:
     options = replace(preset(name), critic_updates=1, steps=2)  # type: ignore[type-var]
-    student = fewstep.distill(tiny_teacher, options, out=tmp_path, prompts=PROMPTS, train_options=QUICK)
+    student = fewstep.distill(
+        tiny_teacher, options, out=tmp_path, prompts=PROMPTS, roles=RoleOptions(roles=kind), train_options=QUICK
+    )
     assert fewstep.sample(student, PROMPTS, seeds=5).shape == (3, 3, 32, 32)
     record = read_log(tmp_path / "log.jsonl")[-1]
     assert record["forwards/teacher"] == (2 if name == "decoupled-shared" else 3)

@@ -1,26 +1,25 @@
-"""Decoupled DMD against its card: T1 to T9, who gets gradients, what it costs, and what other schedules do instead."""
+"""Decoupled DMD against its card, T1 to T9: its terms, their levels, other regularisers, where it comes to rest."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from decoupled_toy import COMPATIBLE, MOMENTS, PROCESSES, VARIANTS, dmd2, gradient, pulls, student_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from ring_toy import COUNT, WatchedRoles, batch, draw
 
 from fewstep.core.prediction import from_denoised
 from fewstep.core.process import DiscreteVP, Flow, Process
-from fewstep.core.rollout import Landing
-from fewstep.core.solvers import lcm
-from fewstep.core.streams import Draw, Streams
 from fewstep.core.tensors import Condition, expand
 from fewstep.errors import FewstepError
-from fewstep.evaluation.exact import LABEL, ring
+from fewstep.evaluation.exact import LABEL
 from fewstep.evaluation.known_answers_decoupled import (
     ENGINE,
+    bounded_law,
     gaussian_options,
     guided_gaussian,
     resting_variances,
@@ -28,109 +27,9 @@ from fewstep.evaluation.known_answers_decoupled import (
     trained_law,
 )
 from fewstep.evaluation.known_answers_training import gaussian_teacher
-from fewstep.evaluation.toy import LogisticDiscriminator, ToyRoles
 from fewstep.losses.moments import moment_divergence
-from fewstep.methods import DecoupledOptions, DMD2Options, preset
-from fewstep.methods.base import Batch, Loss
+from fewstep.methods import DecoupledOptions
 from fewstep.methods.decoupled import Decoupled
-from fewstep.methods.dmd2 import DMD2
-from fewstep.methods.matching import Matching, Pull
-
-COUNT = 32
-PROCESSES = [Flow(), DiscreteVP.cosine()]
-MOMENTS: dict[str, Any] = {"regulariser": "mean_variance", "moment_mean": 0.1, "moment_variance": 0.9}
-COMPATIBLE: dict[str, Any] = {"guidance_levels": "shared", "joint_normaliser": True}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "hybrid": {},
-    "constrained": {"matching_levels": "cleaner"},
-    "full": {"guidance_levels": "full"},
-    "shared": {"guidance_levels": "shared"},
-    "compatible": COMPATIBLE,
-    "inverted": {"guidance_levels": "noisier"},
-    "one step": {"steps": 1},
-    "plain teacher": {"guidance_scale": 1.0},
-    "with a GAN": {"gan_weight": 5e-3},
-    "moments": MOMENTS,
-    "GAN alone": {"regulariser": "gan", "gan_weight": 5e-3},
-    "nothing": {"regulariser": "none"},
-    "moments and regression": MOMENTS | {"steps": 1, "regression_weight": 0.25},
-    "several step counts": {"step_counts": (1, 2, 4), "steps_condition": True},
-}
-
-
-class Scaled(nn.Module):
-    """teacher(x) * gain + offset, with trainable numbers."""
-
-    def __init__(self, teacher: Any, offset: float) -> None:
-        super().__init__()
-        self.teacher = [teacher]
-        self.gain = nn.Parameter(torch.ones(2, dtype=torch.float64))
-        self.offset = nn.Parameter(torch.full((2,), offset, dtype=torch.float64))
-
-    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self.teacher[0](x, t, condition) * self.gain + self.offset
-
-
-class WatchedRoles(ToyRoles):
-    """Toy roles on a ring of modes that record every call."""
-
-    def __init__(self, process: Process) -> None:
-        self.exact = ring(process, [1, 2, 3, 4], 1.5, 0.3, torch.float64)
-        self.networks: dict[str, Any] = {"student": Scaled(self.exact, 0.1), "critic": Scaled(self.exact, -0.1)}
-        self.networks["discriminator"] = LogisticDiscriminator(process, 2).double()
-        nn.init.normal_(self.networks["discriminator"].weight, std=0.2, generator=torch.Generator().manual_seed(0))
-        self.calls: list[tuple[str, Tensor, Tensor, Condition]] = []
-        super().__init__(self.exact, *(self.watched(name, network) for name, network in self.networks.items()))
-        self.teacher = self.watched("teacher", self.exact)
-
-    def null(self, condition: Condition) -> Condition:
-        return self.exact.null(condition)
-
-    def watched(self, name: str, network: Any) -> Any:
-        def call(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            self.calls.append((name, x, t, condition))
-            return network(x, t, condition)
-
-        return call
-
-    def made(self, name: str) -> list[tuple[str, Tensor, Tensor, Condition]]:
-        return [call for call in self.calls if call[0] == name]
-
-    def of(self, *names: str) -> list[nn.Parameter]:
-        return [p for name in names for p in self.networks[name].parameters()]
-
-
-def draw(iteration: int = 0) -> Draw:
-    return Streams(0).at(iteration, range(COUNT))
-
-
-def batch(roles: WatchedRoles) -> Batch:
-    told = {LABEL: torch.arange(COUNT) % 2}
-    clean = roles.exact.sample(COUNT, torch.Generator().manual_seed(1))
-    pairs = (draw().normal("pair", (2,), torch.float64), clean, told)
-    return Batch(told, torch.arange(COUNT), (2,), torch.float64, real=(clean, told), pairs=pairs)
-
-
-def student_loss(method: Matching, roles: WatchedRoles, iteration: int = 0) -> Loss:
-    path = method.rollout(batch(roles), roles, draw(iteration))
-    return method.student_loss(path, roles, draw(iteration))
-
-
-def gradient(method: Matching, roles: WatchedRoles) -> Tensor:
-    """Of every sample's loss with respect to what the student answers for it, (COUNT, 2)."""
-    values = student_loss(method, roles).values
-    offset = roles.networks["student"].offset  # added to every answer
-    return torch.stack([torch.autograd.grad(value, offset, retain_graph=True)[0] for value in values])
-
-
-def pulls(method: Matching, roles: WatchedRoles, iteration: int = 0) -> tuple[Landing, list[Pull]]:
-    """The compared point of a random call, and the terms of its update."""
-    numbers = draw(iteration).sub("student")
-    path = method.rollout(batch(roles), roles, draw(iteration))
-    call = numbers.integers("call", path.steps)
-    landing = method._compared(path, path.landing(call), numbers)
-    return landing, method._pulls(roles, landing, method._student_query(path, landing, numbers), numbers)[0]
-
 
 # Terms
 
@@ -159,11 +58,6 @@ def test_the_terms_add_up_to_guided_matching(kind: str, process: Process) -> Non
     torch.testing.assert_close(sum(spoken), whole)
     torch.testing.assert_close(spoken[0], real - fake)
     torch.testing.assert_close(spoken[1], 3 * (real - untold))
-
-
-def dmd2(**changes: Any) -> DMD2:
-    """DMD2 with the settings that the compatibility mode has."""
-    return DMD2(DMD2Options(gan_weight=0.0, tau_law="uniform_unshifted", **changes))
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
@@ -349,142 +243,19 @@ def test_guidance_alone_runs_away() -> None:
     assert trained_law(replace(ENGINE, regulariser="none"), 100)[0] == pytest.approx(2.6, abs=0.15)
 
 
-# Who gets gradients, what it costs
-
-
-@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_trains_only_who_it_should(name: str, process: Process) -> None:
-    method, roles = Decoupled(DecoupledOptions(**VARIANTS[name])), WatchedRoles(process)
-    assert method.critic_updates == (5 if method.needs.critic or method.needs.discriminator else 0)
-    trained = ["critic"] * method.needs.critic + ["discriminator"] * method.needs.discriminator
-    others = {"critic", "discriminator", "student"} - set(trained)
-    path = method.rollout(batch(roles), roles, draw())
-    if trained:
-        loss = method.critic_loss(path, roles, draw())
-        assert loss.values.shape == (COUNT,)
-        found = torch.autograd.grad(loss.values.mean(), roles.of(*trained) + roles.of(*others), allow_unused=True)
-        count = len(roles.of(*trained))
-        assert all(part.abs().sum() > 0 for part in found[:count])
-        assert all(part is None for part in found[count:])
-
-    loss = method.student_loss(path, roles, draw())
-    assert loss.values.shape == (COUNT,)
-    assert loss.values.isfinite().all()
-    found = torch.autograd.grad(loss.values.mean(), roles.of("student", "critic"), allow_unused=True)
-    assert all(part.abs().sum() > 0 for part in found[:2])
-    assert all(part is None for part in found[2:])
-    assert all(not metric.requires_grad and metric.ndim == 0 for metric in loss.metrics.values())
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_forwards_are_what_is_claimed(name: str) -> None:
-    method, roles = Decoupled(DecoupledOptions(**VARIANTS[name])), WatchedRoles(Flow())
-    for iteration in range(25):
-        path = method.rollout(batch(roles), roles, draw(iteration))
-        for update in range(method.critic_updates):
-            method.critic_loss(path, roles, draw(iteration).sub(update))
-        method.student_loss(path, roles, draw(iteration))
-    made = sum(len(x) for _, x, *_ in roles.calls) / COUNT / 25
-    assert made == pytest.approx(method.forwards(), rel=0.04)
-
-
-def test_forwards_in_the_docstring_are_right() -> None:
-    assert preset("decoupled").build().forwards() == pytest.approx(14, abs=0.5)
-    plain, apart = (method.forwards(1) for method in (dmd2(steps=1), Decoupled(DecoupledOptions(steps=1))))
-    assert apart == plain + 1  # four network evaluations for three (card, section 3, 4)
-
-
-@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
-def test_backward_simulation_is_the_sampler(process: Process) -> None:
-    method, roles = Decoupled(DecoupledOptions()), WatchedRoles(process)
-    path = method.rollout(batch(roles), roles, draw())
-    predictions: list[Tensor] = []
-    lcm(
-        roles.networks["student"],
-        draw().normal("noise", (2,), torch.float64),
-        method.options.time_grid(4),
-        process,
-        batch(roles).condition,
-        noise=lambda k, shape: draw().normal(f"extra {k}", shape, torch.float64),
-        callback=lambda k, x, denoised: predictions.append(denoised.detach()),
+def test_what_bounds_guidance_and_what_keeps_variety() -> None:
+    """Card section 9, 2: moments bound saturation and not the collapse; an exact discriminator does both."""
+    nothing, moments, judged = (
+        bounded_law(replace(ENGINE, **changes), 100)
+        for changes in (
+            {"regulariser": "none"},
+            {"regulariser": "mean_variance", "moment_mean": 0.0, "moment_variance": 1.09},
+            {"regulariser": "gan", "gan_weight": 0.1},
+        )
     )
-    for call in range(4):
-        torch.testing.assert_close(path.landing(torch.full((COUNT,), call)).denoised, predictions[call])
-
-
-# Settings
-
-
-def test_presets_are_the_papers_schedules() -> None:
-    hybrid, constrained, shared = (preset(f"decoupled{end}") for end in ("", "-constrained", "-shared"))
-    assert (hybrid.guidance_levels, hybrid.matching_levels) == ("cleaner", "full")
-    assert (constrained.guidance_levels, constrained.matching_levels) == ("cleaner", "cleaner")
-    assert (shared.guidance_levels, shared.joint_normaliser) == ("shared", True)
-    for options in (hybrid, constrained, shared):
-        assert (options.guidance, options.regulariser, options.counts) == ("decoupled", "dm", (4,))
-        assert options.build().needs.critic
-        assert not options.build().needs.real_data
-
-
-UNDER: dict[str, tuple[dict[str, Any], Any]] = {
-    "guidance_levels": ({}, "full"),
-    "joint_normaliser": ({"guidance_levels": "shared"}, True),
-    "regulariser": ({}, "none"),
-    "matching_levels": ({}, "cleaner"),
-    "moment_weight": (MOMENTS, 0.5),
-    "moment_mean": (MOMENTS, 0.2),
-    "moment_variance": (MOMENTS, 0.5),
-    "tau_law": ({"shift": 3.0}, "uniform"),
-    "gan_weight": ({}, 0.1),
-    "discriminator_weight": (VARIANTS["GAN alone"], 0.1),
-    "guidance_scale": ({}, 2.0),
-}
-
-
-@pytest.mark.parametrize("name", UNDER)
-def test_every_option_changes_something(name: str) -> None:
-    """Its own, and those of others that it has another use for; the rest are DMD2's."""
-
-    def values(options: DecoupledOptions) -> Tensor:
-        method, roles = Decoupled(options), WatchedRoles(Flow())
-        path = method.rollout(batch(roles), roles, draw())
-        losses = [method.student_loss(path, roles, draw()).values]
-        losses += [method.critic_loss(path, roles, draw()).values] if method.critic_updates else []
-        return torch.cat(losses).detach()
-
-    base, value = UNDER[name]
-    plain = DecoupledOptions(**base)
-    first, second = values(plain), values(replace(plain, **{name: value}))
-    assert first.shape != second.shape or not torch.equal(first, second)
-
-
-def test_all_its_own_options_are_tried() -> None:
-    own = {field.name for field in fields(DecoupledOptions)} - {field.name for field in fields(DMD2Options)}
-    assert own <= UNDER.keys()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"regulariser": "kl"}, "regulariser = 'kl'"),
-        ({"matching_levels": "noisier"}, "matching_levels = 'noisier'"),
-        ({"guidance": "coupled"}, "use the method dmd2"),
-        (MOMENTS | {"moment_weight": -1.0}, "moment_weight = -1"),
-        (MOMENTS | {"moment_variance": 0.0}, "moment_variance = 0"),
-        ({"regulariser": "gan"}, "regulariser 'gan' with gan_weight 0"),
-        ({"regulariser": "none", "gan_weight": 0.1}, "regulariser 'none' with gan_weight 0.1"),
-        ({"regulariser": "none", "guidance_scale": 1.0}, "regulariser 'none' with guidance_scale 1"),
-        ({"regulariser": "none", "matching_levels": "cleaner"}, r"\['matching_levels'\] with regulariser 'none'"),
-        (MOMENTS | {"divergence": "pearson"}, r"\['divergence'\] with regulariser 'mean_variance'"),
-        ({"joint_normaliser": True}, "joint_normaliser with guidance_levels 'cleaner'"),
-        ({"steps": 2, "grid": (1.0, 0.05), "tau_min": 0.04}, "no room for guidance at levels cleaner"),
-    ],
-)
-def test_bad_settings_are_refused_with_a_fix(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(FewstepError, match=message) as caught:
-        DecoupledOptions(**changes).build()
-    assert "fix:" in str(caught.value)
+    assert nothing[0] > 2.5 > 2 > moments[0] > 1.4 > judged[0] > 1
+    assert max(nothing[1], moments[1]) < 0.05
+    assert judged[1] > 0.2
 
 
 # End to end

@@ -10,7 +10,10 @@ import torch
 from tiny_pixart import PROMPTS, assert_latents_close, perturb
 
 from fewstep.core.guidance import guided
+from fewstep.core.streams import Streams
 from fewstep.errors import FewstepError
+from fewstep.methods import preset
+from fewstep.methods.base import Batch
 from fewstep.models import Backbone, Roles, build_roles, load_backbone
 from fewstep.models.pixart import MASK, STATES
 from fewstep.models.roles import CRITIC, STUDENT
@@ -204,6 +207,24 @@ def test_one_loss_whatever_the_arrangement(backbone: Backbone, batch, steps_awar
     expected = loss(adapters)
     torch.testing.assert_close(loss(copies), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     torch.testing.assert_close(loss(mixed), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["decoupled", "decoupled-constrained", "decoupled-shared", "tdm", "sid"])
+def test_a_methods_losses_are_one_whatever_the_arrangement(backbone: Backbone, name: str) -> None:
+    """Values, on adapters that have left the teacher and on copies with the same updates merged."""
+    from fewstep.models.adapters import merge_adapter
+
+    adapters, copies = trained_roles(backbone, "adapters"), build_roles(backbone, "copies")
+    copies.load_student_state(dict(adapters.student_network().named_parameters()))
+    merge_adapter(adapters.student_seat.network, CRITIC, into=copies._critic.network)
+    method, samples = preset(name).build(), torch.arange(3)
+    found = []
+    for roles in (adapters, copies):
+        draw = Streams(0).at(1, samples)
+        path = method.rollout(Batch(backbone.encode(PROMPTS), samples, backbone.latent_shape), roles, draw)
+        losses = (method.critic_loss(path, roles, draw), method.student_loss(path, roles, draw))
+        found.append(torch.cat([loss.values.detach() for loss in losses]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)

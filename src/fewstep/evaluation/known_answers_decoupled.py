@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.core.process import VE, Flow, Process
 from fewstep.core.rollout import Landing
@@ -172,6 +172,50 @@ def trained_law(o: DecoupledOptions, iterations: int = 500, process: Process | N
 
 ENGINE = DecoupledOptions(steps=1, guidance_scale=4.0, normaliser="none")
 """T6: guidance and matching; levels 0.02 to 0.98."""
+
+
+class Patterned(nn.Module):
+    """z -> gain (-1, 1, -1, 1, ...) + std z in 16 dimensions: how saturated its samples are, and how various."""
+
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self.scale, self.pattern = process.noise_scale, (torch.arange(16) % 2 * 2 - 1).to(_DTYPE)
+        self.gain = nn.Parameter(torch.tensor(0.3, dtype=_DTYPE))
+        self.std = nn.Parameter(torch.tensor(1.0, dtype=_DTYPE))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.gain * self.pattern + self.std / self.scale * x
+
+    def law(self, process: Process) -> GaussianTeacher:
+        """The law of its samples, without gradient."""
+        return round_law(process, self.gain.detach() * self.pattern, float(self.std.detach()) ** 2)
+
+
+def round_law(process: Process, mean: Tensor, variance: float) -> GaussianTeacher:
+    """N(mean, variance I), float64."""
+    return GaussianTeacher(process, mean, variance * torch.eye(len(mean), dtype=_DTYPE))
+
+
+def bounded_law(o: DecoupledOptions, iterations: int = 400, rate: float = 0.1) -> tuple[float, float]:
+    """Gain and std of a patterned student, by what bounds its guidance, with exact critic and discriminator.
+
+    Told, the teacher has gain 1 and std 0.3; untold, no pattern and the variance 1.09, that of the elements. Plain
+    gradient descent on batches of 128, start at gain 0.3 and std 1.
+    """
+    process, count = Flow(), 128
+    student, generator = Patterned(process), torch.Generator().manual_seed(0)
+    told = round_law(process, student.pattern, 0.09)
+    teacher = TwoLaws(told, round_law(process, torch.zeros_like(student.pattern), 1.09))
+    roles, method = ExactRoles(teacher, student, told), Decoupled(o)  # type: ignore[arg-type]
+    draw, sgd = BulkDraw(count, generator), torch.optim.SGD(student.parameters(), rate)
+    for _ in range(iterations):
+        clean = told.sample(count, generator)
+        batch = Batch(prompted(count), torch.arange(count), (16,), _DTYPE, real=(clean, {}))
+        sgd.zero_grad()
+        method.student_loss(method.rollout(batch, roles, draw), roles, draw).values.mean().backward()
+        sgd.step()
+    return float(student.gain.detach()), float(student.std.detach().abs())
+
 
 SELECTIVITY = {
     (0.0, 0.05): (0.99, 1.00),
