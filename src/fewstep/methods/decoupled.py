@@ -165,9 +165,9 @@ class Decoupled(DMD2):
             metrics[name] = (pull.direction.abs().flatten(1).mean(1) / pull.divisor).mean()
         return pulls, metrics
 
-    def _further_terms(self, landing: Landing, query: Query) -> dict[str, tuple[float, Tensor]]:
+    def _further_terms(self, roles: Roles, landing: Landing, query: Query) -> dict[str, tuple[float, Tensor]]:
         """A GAN's, and eq. 7."""
-        o, terms = self.options, super()._further_terms(landing, query)
+        o, terms = self.options, super()._further_terms(roles, landing, query)
         if o.regulariser == "mean_variance":
             if o.moment_mean is None or o.moment_variance is None:
                 raise contradiction(

@@ -232,12 +232,12 @@ class Matching:
         values = torch.stack(parts).sum(0)
         metrics |= {"student_loss": values.detach().mean(), "normaliser": pulls[0].divisor.mean()}
         metrics |= spread_metrics(landing.denoised)
-        for name, (weight, term) in self._further_terms(landing, query).items():
+        for name, (weight, term) in self._further_terms(roles, landing, query).items():
             values = values + weight * term
             metrics[f"{name}_loss"] = term.detach().mean()
         return Loss(values, metrics)
 
-    def _further_terms(self, landing: Landing, query: Query) -> dict[str, tuple[float, Tensor]]:
+    def _further_terms(self, roles: Roles, landing: Landing, query: Query) -> dict[str, tuple[float, Tensor]]:
         """Terms of the student's loss beside the pulls, with gradient: weight and values (B,) by name."""
         if query.logits is None:
             return {}
