@@ -17,11 +17,14 @@ EXCLUDED: dict[str, str] = {
 
 COMPOSITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "f-distill-fkl": ("f-distill", {"divergence": "forward_kl"}),
+    "tdm-decoupled": ("tdm", {"guidance": "decoupled"}),
     "tdm-gan": ("tdm", {"gan_weight": 5e-3}),
     "tdm-js": ("tdm", {"divergence": "jensen_shannon"}),
+    "tdm-solver": ("tdm", {"solver_weight": 10.0}),
 }
-"""Name -> preset and what differs: f-distill's divergence for small data; TDM with DMD2's adversarial term (its weight,
-too); TDM with f-distill's weight of each sample by the density ratio of teacher and student."""
+"""Name -> preset and what differs: f-distill's divergence for small data; TDM with Decoupled DMD's guidance; with DMD2's
+adversarial term (its weight, too); with f-distill's weight of each sample by the density ratio of teacher and student;
+kept near the guided teacher's own solver."""
 
 UNIFIED = (1, 2, 4)
 """Step counts of a student that serves several (TDM-unify's paper); it is trained once and scored at each."""
@@ -77,7 +80,8 @@ def guided_by(options: Options, scale: float) -> Options:
 def unguided(options: Options) -> Options:
     """The options where there is no condition to guide by, so that those that then mean the same are equal."""
     plain: dict[str, Any] = dict.fromkeys(_SCALES, 1.0)
-    plain |= {"critic_dropout": 0.0, "guidance": "coupled", "guidance_levels": "cleaner", "joint_normaliser": False}
+    plain |= {"critic_dropout": 0.0, "guidance_levels": "cleaner", "joint_normaliser": False}
+    plain |= {option.name: option.default for option in fields(options) if option.name == "guidance"}
     return _changed(options, plain)
 
 
