@@ -22,9 +22,9 @@ COMPOSITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "tdm-js": ("tdm", {"divergence": "jensen_shannon"}),
     "tdm-solver": ("tdm", {"solver_weight": 10.0}),
 }
-"""Name -> preset and what differs: f-distill's divergence for small data; TDM with Decoupled DMD's guidance; with DMD2's
-adversarial term (its weight, too); with f-distill's weight of each sample by the density ratio of teacher and student;
-kept near the guided teacher's own solver."""
+"""Name -> preset and what differs: f-distill's divergence for small data; TDM with Decoupled DMD's guidance; with
+DMD2's adversarial term (its weight, too); with f-distill's weight of each sample by the density ratio of teacher and
+student; kept near the guided teacher's own solver."""
 
 UNIFIED = (1, 2, 4)
 """Step counts of a student that serves several (TDM-unify's paper); it is trained once and scored at each."""
