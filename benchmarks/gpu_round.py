@@ -3,6 +3,7 @@
 Each part is skipped when its result is already in DIR, and continues where it stopped when it can. Parts:
   1 teacher      the embedded teacher from nothing and long, then its judge, reference and table
   2 runs         the table of TDM runs on the shipped teacher: critic target, tau range, metric, roles, ablations, drift
+  3 league       all methods on the shipped teacher at full length: ten times the forwards of the CPU's league
 Everything it writes is text, safetensors and PNG.
 """
 
@@ -15,7 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-PARTS = ("teacher", "runs")
+PARTS = ("teacher", "runs", "league")
+CONTINUED = ("runs", "league")
+"""Parts that know themselves what is left to do, and are called in every round."""
+PROCESSES = 4
+"""That share the league: its networks are too small for one process to fill a GPU."""
 
 
 def fewstep(*words: str, limit: float) -> int:
@@ -60,6 +65,20 @@ def runs(out: Path, limit: float) -> None:
     subprocess.run([sys.executable, script, *words], check=False)
 
 
+def league(out: Path, limit: float) -> None:
+    """All methods at an equal budget, cell by cell; what a kill interrupts goes on in the next round."""
+    words = ["league", "emoji", "--out", str(out / "league"), "--device", "cuda", "--forwards", "7750"]
+    command = [sys.executable, "-m", "fewstep", *words, "--minutes", f"{limit / 60:.2f}"]
+    print("$", *command, f"(in {PROCESSES} processes)", flush=True)
+    end, running = time.monotonic() + limit, [subprocess.Popen(command) for _ in range(PROCESSES)]
+    for process in running:
+        try:
+            process.wait(timeout=max(1.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+
+
 def main() -> None:
     """Run what is not done yet until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,14 +89,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     end, done_file = time.monotonic() + 60 * args.minutes, args.out / "done.json"
     done = json.loads(done_file.read_text()) if done_file.exists() else []
-    work = {"teacher": teacher, "runs": runs}
+    work = {"teacher": teacher, "runs": runs, "league": league}
     for name in args.parts:
         left = end - time.monotonic()
         if name in done or left < 60:
             continue
         work[name](args.out, left)
-        done.append(name)
-        done_file.write_text(json.dumps(done))
+        if name not in CONTINUED:
+            done.append(name)
+            done_file.write_text(json.dumps(done))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fewstep
-from fewstep.api import RoleOptions
+from fewstep.api import RoleOptions, with_moments
 from fewstep.data.real import RealImages
 from fewstep.errors import FewstepError
+from fewstep.losses.moments import element_moments
 from fewstep.methods import preset
 from fewstep.models import Backbone
+from fewstep.several import distill_part
 from fewstep.training.log import read_log
 from fewstep.training.options import TrainOptions
 
@@ -146,6 +149,75 @@ def test_dmd_makes_its_own_pairs(tmp_path: Path, tiny_teacher: Path) -> None:
     assert student.grids.keys() == {1}
     record = read_log(tmp_path / "log.jsonl")[-1]
     assert record["metric/student/regression_loss"] > 0
+
+
+def test_what_no_pipeline_could_sample_is_refused_before_any_work(tmp_path: Path, tiny_teacher: Path) -> None:
+    options = replace(preset("sid-none"), chain_noise="fixed")  # type: ignore[type-var]
+    settings = {"out": tmp_path / "run", "prompts": PROMPTS, "train_options": QUICK}
+    with pytest.raises(FewstepError, match=r"found chain_noise 'fixed' for students of 4 steps"):
+        fewstep.distill(tiny_teacher, options, **settings)
+    with pytest.raises(FewstepError, match="chain_noise 'fixed'"):
+        distill_part(tiny_teacher, 1, parts=2, dm=options, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_moments_are_measured_on_the_teachers_own_latents_unless_given(tmp_path: Path, tiny_teacher: Path) -> None:
+    teacher = fewstep.load_teacher(tiny_teacher)
+    teacher.steps = 2
+    options = replace(preset("decoupled"), regulariser="mean_variance", steps=2)  # type: ignore[type-var]
+    settings = {"out": tmp_path, "prompts": PROMPTS, "train_options": QUICK}
+    student = fewstep.distill(teacher, options, **settings)
+    texts = [PROMPTS[n % len(PROMPTS)] for n in range(64)]
+    latents = teacher.latents(texts, range(64), guidance_scale=options.guidance_scale)
+    made = student.card["details"]["method"]
+    assert (made["moment_mean"], made["moment_variance"]) == pytest.approx(element_moments(latents), rel=5e-3)
+    record = read_log(tmp_path / "log.jsonl")[-1]
+    assert record["metric/student/moment_loss"] > 0
+    assert not [name for name in record if name.endswith("/critic")]  # no forwards, no loss: there is none
+    again = fewstep.distill(teacher, options, **settings, resume=True)
+    assert again.card["details"]["method"] == made
+
+    given = replace(options, moment_mean=0.075, moment_variance=0.81)
+    assert with_moments(given, teacher, PROMPTS) is given
+    half = with_moments(replace(options, moment_mean=0.075), teacher, PROMPTS)
+    assert (half.moment_mean, half.moment_variance) == (0.075, made["moment_variance"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("decoupled", "adapters"),
+        ("decoupled", "copies"),
+        ("decoupled-constrained", "mixed"),
+        ("decoupled-shared", "adapters"),
+    ],
+)
+def test_decoupled_presets_distil(name: str, kind: str, tmp_path: Path, tiny_teacher: Path) -> None:
+    options = replace(preset(name), critic_updates=1, steps=2)  # type: ignore[type-var]
+    student = fewstep.distill(
+        tiny_teacher, options, out=tmp_path, prompts=PROMPTS, roles=RoleOptions(roles=kind), train_options=QUICK
+    )
+    assert fewstep.sample(student, PROMPTS, seeds=5).shape == (3, 3, 32, 32)
+    record = read_log(tmp_path / "log.jsonl")[-1]
+    assert record["forwards/teacher"] == (2 if name == "decoupled-shared" else 3)
+    assert record["metric/student/guidance_pull"] > 0
+
+
+def test_a_gan_in_the_place_of_matching_distils_without_a_critic(tmp_path: Path, tiny_teacher: Path) -> None:
+    """Heads on the frozen teacher; named, those of a critic that is nothing but the discriminator's."""
+    teacher = fewstep.load_teacher(tiny_teacher)
+    options = replace(preset("decoupled"), regulariser="gan", gan_weight=0.1, critic_updates=1, steps=2)  # type: ignore
+    for features, forwards in (("method", "forwards/teacher"), ("critic", "forwards/discriminator")):
+        out, roles = tmp_path / features, RoleOptions(discriminator=features)
+        fewstep.distill(
+            teacher, options, out=out, prompts=PROMPTS, real=real_images(teacher.backbone), roles=roles,
+            train_options=QUICK,
+        )  # fmt: skip
+        record = read_log(out / "log.jsonl")[-1]
+        assert "forwards/critic" not in record
+        assert record[forwards] > 0
+        saved = load_file(out / "checkpoints" / "000002" / "critic.safetensors")
+        assert all(name.startswith("discriminator.") for name in saved) == (features == "method")
 
 
 def test_the_embedded_teacher_brings_its_own_real_data(tmp_path: Path) -> None:

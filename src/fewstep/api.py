@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from fewstep.data.prompts import PromptData, training_captions
 from fewstep.data.real import RealScenes
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
-from fewstep.methods import METHODS, Options, PhasedOptions, preset
+from fewstep.losses.moments import element_moments
+from fewstep.methods import METHODS, DecoupledOptions, Options, PhasedOptions, preset
 from fewstep.models.backbone import Backbone
 from fewstep.models.export import save_student
 from fewstep.models.loading import adapter_of, load_backbone
@@ -33,6 +34,7 @@ EMOJI = "emoji"
 """The name of the embedded teacher."""
 STUDENT_FOLDER = "student"
 _OF_ROLES = ("roles", "rank", "student_rate", "critic_rate")  # settings that hold for a recipe's kind of roles alone
+_MEASURED = 64
 
 __all__ = [
     "EMOJI",
@@ -172,18 +174,20 @@ def distill(
             hooks=hooks, resume=resume,
         )  # fmt: skip
     recipe = options.build()
+    needs = recipe.needs
     train_options.validate()
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
     backbone = teacher.backbone
     texts = _training_prompts(backbone.source, prompts)
-    needs = recipe.needs
     if needs.real_data and real is None:
         real = _own_scenes(backbone, recipe.name, train_options.seed)
     if needs.pairs and pairs is None:
         pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
     features = needs.features if roles.discriminator == "method" else roles.discriminator
     grids = [options.time_grid(count) for count in options.counts]
-    choose_scheduler(backbone, grids, options.eta)  # a student that no pipeline could sample is refused now
+    choose_scheduler(backbone, grids, options.eta, options.chain_noise)  # refuses what no pipeline could sample
+    options = with_moments(options, teacher, texts)
+    recipe = options.build()
     seats = build_roles(
         backbone,
         roles.roles,
@@ -191,6 +195,7 @@ def distill(
         critic_rank=roles.critic_rank,
         layers=roles.layers,
         checkpointing=roles.checkpointing,
+        critic=needs.critic or (needs.discriminator and features == "critic"),
         discriminator=features if needs.discriminator else "none",
         steps_aware=needs.steps_condition or needs.landing_condition,
         seed=train_options.seed,
@@ -230,7 +235,34 @@ def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]
     grids = [options.time_grid(count) for count in options.counts]
     name = next((name for name, make in METHODS.items() if make() == options), options.build().name)
     return save_student(
-        folder, seats, grids, method=name, eta=options.eta, details={**details, "method": asdict(options)}
+        folder,
+        seats,
+        grids,
+        method=name,
+        eta=options.eta,
+        chain_noise=options.chain_noise,
+        details={**details, "method": asdict(options)},
+    )
+
+
+def with_moments(options: Options, teacher: Teacher, texts: Sequence[str]) -> Options:
+    """`options`, with the moments that Decoupled DMD wants of the student measured where nobody has given them.
+
+    On 64 latents of the teacher with the guidance that is distilled, to three digits, so that it is the same on every
+    machine; costs that many samples of the teacher.
+    """
+    if not isinstance(options, DecoupledOptions) or not options.measures:
+        return options
+    prompts = [texts[n % len(texts)] for n in range(_MEASURED)]
+    parts = [
+        teacher.latents(prompts[n : n + 16], range(n, n + 16), guidance_scale=options.guidance_scale)
+        for n in range(0, _MEASURED, 16)
+    ]
+    mean, variance = (float(f"{value:.3g}") for value in element_moments(torch.cat(parts)))
+    return replace(
+        options,
+        moment_mean=mean if options.moment_mean is None else options.moment_mean,
+        moment_variance=variance if options.moment_variance is None else options.moment_variance,
     )
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "backbones": "the families of teachers: adapters, pipelines, and what each is distilled with unless told",
     "teacher": "build, sample and measure the embedded teacher",
     "check": "run the known answers and print the table",
+    "league": "all methods at an equal budget of network forwards, in tables",
     "demo": "the whole promise in minutes: distil the embedded teacher and compare",
 }
 

@@ -29,13 +29,14 @@ from fewstep.api import (
     _training_prompts,
     export,
     load_teacher,
+    with_moments,
 )
 from fewstep.data.prompts import PromptData
 from fewstep.data.real import RealScenes
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Needs, Options
 from fewstep.methods.matching_options import MatchingOptions
-from fewstep.methods.msd import msd_stages
+from fewstep.methods.msd import Stage, msd_stages
 from fewstep.methods.phased import PhasedOptions
 from fewstep.methods.tdm_options import TDMOptions
 from fewstep.methods.tsm import TSMOptions
@@ -91,7 +92,7 @@ def distill_phases(
         def looks(made: Any) -> Hooks:
             return hooks or _hooks(made, own, texts, folder, train_options.evaluate_every > 0)
 
-        return Turn(folder.name, own.build(), seats, train_options, looks)
+        return Turn(folder.name, own.build(), seats, train_options, hooks=looks)
 
     configuration = _configuration(backbone, roles, texts)
     turns = [turn(phase) for phase in range(1, len(options.phase_calls) + 1)]
@@ -169,10 +170,11 @@ def distill_part(
     if real is None and any(stage.options.build().needs.real_data for stage in stages):
         _own_scenes(backbone, "msd", first.seed)  # refuses teachers whose data we do not have
         real = ScenesOfPart(backbone, first.seed, router, part - 1)
+    stages = tuple(replace(stage, options=with_moments(stage.options, Teacher(backbone), own)) for stage in stages)
     shape = {"depth": depth, "width": width} if smaller else {}
 
-    def turn(name: str, options: Options) -> Turn:
-        needs = options.build().needs
+    def turn(stage: Stage) -> Turn:
+        name, options, needs = stage.name, stage.options, stage.options.build().needs
 
         def seats(before: Sequence[State]) -> Roles:
             more = _role_options(roles, needs, settings[name].seed)
@@ -188,9 +190,9 @@ def distill_part(
         def hooks(made: Any) -> Hooks:
             return _hooks(made, options, own, home / name, settings[name].evaluate_every > 0)
 
-        return Turn(name, options.build(), seats, settings[name], hooks)
+        return Turn(name, options.build(), seats, settings[name], stage.keeps_critic, hooks)
 
-    turns = [turn(stage.name, stage.options) for stage in stages]
+    turns = [turn(stage) for stage in stages]
     configuration = {**_configuration(backbone, roles, own), "part": part, "parts": router.parts, **shape}
     data = PromptData(backbone.encode, own, first.seed)
     result, made = train_in_turn(
@@ -224,7 +226,7 @@ def _begin(
 ) -> tuple[Backbone, list[str]]:
     """Backbone and prompts; refuses a student that no pipeline could sample."""
     backbone = (teacher if isinstance(teacher, Teacher) else load_teacher(teacher)).backbone
-    choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta)
+    choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)
     return backbone, _training_prompts(backbone.source, prompts)
 
 
@@ -260,6 +262,7 @@ def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]
         "critic_rank": roles.critic_rank,
         "layers": roles.layers,
         "checkpointing": roles.checkpointing,
+        "critic": needs.critic or (needs.discriminator and features == "critic"),
         "discriminator": features if needs.discriminator else "none",
         "steps_aware": needs.steps_condition or needs.landing_condition,
         "seed": seed,

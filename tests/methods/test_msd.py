@@ -18,6 +18,7 @@ from fewstep.data.prompts import training_captions
 from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import LABEL, MixtureTeacher
 from fewstep.evaluation.toy import LinearStudent, PolynomialCritic, distil
+from fewstep.methods import DecoupledOptions
 from fewstep.methods.msd import msd_stages
 from fewstep.methods.tdm import TDM
 from fewstep.methods.tdm_options import TDMOptions
@@ -104,6 +105,7 @@ def test_stages_come_in_the_papers_order() -> None:
     assert tsm.options == TSMOptions(steps=2, shift=3.0)
     assert plain.options == dm
     assert adversarial.options == replace(dm, gan_weight=0.003)
+    assert [stage.keeps_critic for stage in (tsm, plain, adversarial)] == [False, False, True]
     with pytest.raises(FewstepError, match="gan_weight of the dm stage"):
         msd_stages(replace(dm, gan_weight=0.1))
 
@@ -145,10 +147,13 @@ def test_each_stage_begins_with_the_students_of_the_last_to_the_bit(
     def watched(method, roles, data, options, out, hooks, **more):
         began[out.name] = {name: value.clone() for name, value in roles.student_state().items()}
         assert (out.name, bool(more["configuration"]["before"])) in [("tsm", False), ("dm", True)]
+        if out.name == "tsm":
+            assert not roles.critic_parameters()  # and no memory for it
+            return original(method, roles, data, options, out, hooks, **more)
         x, t = torch.randn(2, 4, 8, 8), torch.ones(2)
         condition = data(1, torch.arange(2))
         with torch.no_grad():
-            assert torch.equal(roles.critic(x, t, condition), roles.teacher(x, t, condition))  # fresh in every stage
+            assert torch.equal(roles.critic(x, t, condition), roles.teacher(x, t, condition))  # new
         return original(method, roles, data, options, out, hooks, **more)
 
     monkeypatch.setattr(phases, "train", watched)
@@ -188,7 +193,20 @@ def test_mistakes_are_refused_before_any_work(tiny_teacher: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["router.json"]
 
 
-def test_the_last_stage_adds_a_discriminator_to_the_student_of_the_second(tiny_teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adapters", "copies"])
+def test_the_last_stage_adds_a_discriminator_to_student_and_critic_of_the_second(
+    tiny_teacher: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fewstep.training.phases as phases
+
+    began: dict[str, dict[str, Tensor]] = {}
+    original = phases.train
+
+    def watched(method, roles, data, options, out, hooks, **more):
+        began[out.name] = {name: value.clone() for name, value in roles.critic_state().items()}
+        return original(method, roles, data, options, out, hooks, **more)
+
+    monkeypatch.setattr(phases, "train", watched)
     teacher = fewstep.load_teacher(tiny_teacher)
 
     def real(iteration: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -200,8 +218,9 @@ def test_the_last_stage_adds_a_discriminator_to_the_student_of_the_second(tiny_t
     rates = {"dm": QUICK, "adm": replace(QUICK, student_rate=1e-6)}
     dm = TDMOptions(steps=2)
     distill_part(
-        teacher, 2, out=tmp_path, parts=[WORDS[:5], WORDS[5:]], dm=dm, gan_weight=0.01, real=real, train_options=rates
-    )
+        teacher, 2, out=tmp_path, parts=[WORDS[:5], WORDS[5:]], dm=dm, gan_weight=0.01, real=real, train_options=rates,
+        roles=RoleOptions(roles=kind),
+    )  # fmt: skip
     logs = {name: (tmp_path / "part-2" / name / "log.jsonl").read_text() for name in ("dm", "adm")}
     assert "discriminator_loss" in logs["adm"]
     assert "discriminator_loss" not in logs["dm"]
@@ -211,6 +230,25 @@ def test_the_last_stage_adds_a_discriminator_to_the_student_of_the_second(tiny_t
     assert dm_end.keys() == adm_end.keys()
     moved = max(float((dm_end[name] - value).abs().max()) for name, value in adm_end.items())
     assert 0 < moved < 1e-5  # it went on from there, at its own rate
+    critic = load_file(tmp_path / "part-2" / "dm" / "checkpoints" / "000002" / "critic.safetensors")
+    heads = {name for name in began["adm"] if name.startswith("discriminator.")}
+    assert heads
+    assert began["adm"].keys() - heads == critic.keys()
+    assert all(torch.equal(began["adm"][name], value) for name, value in critic.items())
+    assert any(not torch.equal(began["dm"][name], value) for name, value in critic.items())
+
+
+def test_a_part_is_held_at_moments_measured_for_its_own_prompts(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fewstep.api, "_MEASURED", 16)
+    dm = DecoupledOptions(regulariser="mean_variance", steps=2)
+    made = {}
+    for part in (1, 2):
+        student = distill_part(tiny_teacher, part, out=tmp_path, parts=2, dm=dm, prompts=WORDS, train_options=QUICK)
+        made[part] = student.card["details"]["method"]["moment_mean"]
+        assert not (tmp_path / f"part-{part}" / "dm" / "checkpoints" / "000002" / "critic.safetensors").exists()
+    assert made[1] != made[2]
 
 
 def test_the_discriminator_of_a_part_sees_scenes_of_that_part_alone() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.guidance import guided
 from fewstep.core.process import DiscreteVP, Flow, Process
-from fewstep.core.solvers import ddim
+from fewstep.core.solvers import ddim, ddim_step
 from fewstep.core.streams import Draw, Streams
 from fewstep.core.tensors import Condition
 from fewstep.evaluation.exact import LABEL, NULL_LABEL, PredictingAs, ring
@@ -95,6 +96,7 @@ VARIANTS = {
     "unify, all segments": {"step_counts": (1, 2, 4), "steps_condition": True, "segments": "all"},
     "to_T, told": {"tau_range": "to_T", "critic_call_condition": True},
     "stochastic": {"eta": 0.9},
+    "kept near the solver": {"solver_weight": 10.0, "solver_substeps": 3},
     "paper": {"critic_target": "denoised", "importance": "mean", "metric": "huber_vector", "loss_on": "landing"},
     "TDM-R1": {"shift": 3.0, "tau_law": "uniform_unshifted", "tau_range": "to_T", "critic_weight": "inverse_sigma"},
     "Flow-Factory": {
@@ -203,6 +205,45 @@ def test_loss_on_the_landing_point_has_the_gradient_of_the_denoised_one_times_c(
         )
     factor = torch.tensor([1 - 0.5 / 1.0, 1.0], dtype=torch.float64)[call]
     torch.testing.assert_close(gradients["landing"], factor[:, None] * gradients["denoised"])
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
+def test_solver_term_is_the_distance_from_the_guided_teachers_own_landing(process: Process) -> None:
+    """Half its mean square, on top of the rest; the teacher's path is what the sampler makes on a grid cut in three."""
+    method = TDM(TDMOptions(solver_weight=10.0, solver_substeps=3, guidance_scale=2.0))
+    plain = TDM(replace(method.options, solver_weight=0.0))
+    values = []
+    for each in (method, plain):
+        roles = WatchedRoles(process)
+        values.append(each.student_loss(each.rollout(batch(), roles, draw()), roles, draw()).values)
+    path = method.rollout(batch(), roles, draw())
+    call = draw().sub("student").integers("call", path.steps)
+
+    def teacher(x: Tensor, t: Tensor, told: Condition) -> Tensor:
+        return guided(roles.exact, x, t, told, roles.null(told), 2.0)
+
+    expected = torch.empty(COUNT, dtype=torch.float64)
+    for row in range(COUNT):
+        x_in, t_in = path.input(call)[[row]], path.grid[row, call[row]]
+        t_out, told = path.grid[row, call[row] + 1], {LABEL: batch().condition[LABEL][[row]]}
+        with torch.no_grad():
+            x, times = x_in, torch.linspace(t_in, t_out, 4, dtype=torch.float64)
+            for t, to in zip(times[:-1].split(1), times[1:].split(1), strict=True):
+                x = ddim_step(process, x, teacher(x, t, told), t, to)
+            denoised = roles.student_network(x_in, t_in[None], told)
+            landed = ddim_step(process, x_in, denoised, t_in[None], t_out[None])
+        expected[row] = 10.0 * 0.5 * (landed - x).square().mean()
+    torch.testing.assert_close(values[0] - values[1], expected)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
+def test_a_student_that_is_the_solver_is_left_alone_by_the_solver_term(process: Process) -> None:
+    roles = WatchedRoles(process)
+    nn.init.constant_(roles.student_network.offset, 0.0)  # the student is the teacher
+    method = TDM(TDMOptions(solver_weight=1.0, solver_substeps=1, guidance_scale=1.0))
+    assert iterate(method, roles)["solver_loss"] < 1e-20
+    method = TDM(TDMOptions(solver_weight=1.0, solver_substeps=2, guidance_scale=1.0))
+    assert iterate(method, roles)["solver_loss"] > 1e-5
 
 
 def test_critic_and_student_draw_independently() -> None:

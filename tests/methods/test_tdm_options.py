@@ -95,6 +95,10 @@ def test_grids() -> None:
         ({"guidance_scale": -1.0}, "guidance_scale = -1.0"),
         ({"teacher_regularisation": -0.1}, "teacher_regularisation = -0.1"),
         ({"huber_c": 0.0}, "huber_c = 0.0"),
+        ({"solver_weight": -1.0}, "solver_weight = -1.0"),
+        ({"solver_weight": 1.0, "solver_substeps": 0}, "solver_substeps = 0"),
+        ({"solver_weight": 1.0, "eta": 0.9}, "solver_weight 1.0 with eta 0.9"),
+        ({"solver_weight": 1.0, "landing": "random"}, "solver_weight 1.0 with eta 1"),
     ],
 )
 def test_bad_settings_are_refused_with_a_fix(changes: dict[str, object], message: str) -> None:

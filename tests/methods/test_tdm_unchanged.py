@@ -68,6 +68,7 @@ OTHER: dict[str, Any] = {
     "segments": "all", "critic_target": "denoised", "critic_weight": "one", "snr_cap": 0.5,
     "teacher_regularisation": 0.1, "guidance_scale": 1.0, "normaliser": "none", "metric": "huber_vector",
     "loss_on": "landing", "guidance": "decoupled", "divergence": "jensen_shannon", "gan_weight": 0.1,
+    "solver_weight": 1.0,
 }  # fmt: skip
 UNDER: dict[str, tuple[dict[str, Any], Any]] = {
     "steps_condition": ({"step_counts": (2, 4)}, True),
@@ -81,6 +82,7 @@ UNDER: dict[str, tuple[dict[str, Any], Any]] = {
     "ratio_clip": ({"divergence": "jensen_shannon"}, (0.9, 1.1)),
     "ratio_bins": ({"divergence": "jensen_shannon"}, 1),
     "discriminator_weight": ({"gan_weight": 0.1}, 1.0),
+    "solver_substeps": ({"solver_weight": 1.0}, 3),
 }
 """Options that act only together with others."""
 

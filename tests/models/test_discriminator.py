@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.core.process import Flow
 from fewstep.errors import FewstepError
-from fewstep.methods import DMD2Options, FDistillOptions
+from fewstep.methods import DecoupledOptions, DMD2Options, FDistillOptions
 from fewstep.models import Backbone, FunctionTeacher, Roles, build_roles
 from fewstep.models.discriminator import Heads, blocks_at, tapped
 from fewstep.training.log import read_log
@@ -150,10 +150,17 @@ def test_any_module_discriminates_beside_a_function_teacher() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adapters", "copies"])
-@pytest.mark.parametrize("options", [DMD2Options(critic_updates=2), FDistillOptions(critic_updates=1, steps=2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        DMD2Options(critic_updates=2),
+        FDistillOptions(critic_updates=1, steps=2),
+        DecoupledOptions(critic_updates=1, regulariser="gan", gan_weight=0.1),
+    ],
+)
 def test_three_iterations_change_student_and_critic_and_nothing_else(backbone, tmp_path: Path, kind, options) -> None:
     method = options.build()
-    roles = build_roles(backbone, kind, rank=4, discriminator=method.needs.features)
+    roles = build_roles(backbone, kind, rank=4, critic=method.needs.critic, discriminator=method.needs.features)
     frozen = {name: value.clone() for name, value in backbone.network.state_dict().items()}
     student, critic = ({n: v.clone() for n, v in s.items()} for s in (roles.student_state(), roles.critic_state()))
 

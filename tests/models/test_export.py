@@ -207,6 +207,15 @@ def test_no_scheduler_renoises_in_part(backbone: Backbone) -> None:
         choose_scheduler(backbone, [grids.uniform(4)], 0.5)
 
 
+def test_no_scheduler_renoises_with_the_noise_of_the_start(backbone: Backbone) -> None:
+    """Which single calls and deterministic paths have no use for."""
+    with pytest.raises(FewstepError, match=r"chain_noise 'fixed' for students of 4 steps.*fix:"):
+        choose_scheduler(backbone, [grids.uniform(1), grids.uniform(4)], 0.0, "fixed")
+    for grid, eta in ((grids.uniform(1), 0.0), (grids.uniform(4), 1.0)):
+        fixed, fresh = (choose_scheduler(backbone, [grid], eta, noise) for noise in ("fixed", "fresh"))
+        assert fixed.scheduler.config == fresh.scheduler.config
+
+
 def test_no_scheduler_follows_fractions_of_an_index(backbone: Backbone) -> None:
     with pytest.raises(FewstepError, match="665.667.*whole training indices"):
         choose_scheduler(backbone, [grids.uniform(3)])

@@ -10,7 +10,10 @@ import torch
 from tiny_pixart import PROMPTS, assert_latents_close, perturb
 
 from fewstep.core.guidance import guided
+from fewstep.core.streams import Streams
 from fewstep.errors import FewstepError
+from fewstep.methods import preset
+from fewstep.methods.base import Batch
 from fewstep.models import Backbone, Roles, build_roles, load_backbone
 from fewstep.models.pixart import MASK, STATES
 from fewstep.models.roles import CRITIC, STUDENT
@@ -206,6 +209,24 @@ def test_one_loss_whatever_the_arrangement(backbone: Backbone, batch, steps_awar
     torch.testing.assert_close(loss(mixed), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["decoupled", "decoupled-constrained", "decoupled-shared", "tdm", "sid"])
+def test_a_methods_losses_are_one_whatever_the_arrangement(backbone: Backbone, name: str) -> None:
+    """Values, on adapters that have left the teacher and on copies with the same updates merged."""
+    from fewstep.models.adapters import merge_adapter
+
+    adapters, copies = trained_roles(backbone, "adapters"), build_roles(backbone, "copies")
+    copies.load_student_state(dict(adapters.student_network().named_parameters()))
+    merge_adapter(adapters.student_seat.network, CRITIC, into=copies._critic.network)
+    method, samples = preset(name).build(), torch.arange(3)
+    found = []
+    for roles in (adapters, copies):
+        draw = Streams(0).at(1, samples)
+        path = method.rollout(Batch(backbone.encode(PROMPTS), samples, backbone.latent_shape), roles, draw)
+        losses = (method.critic_loss(path, roles, draw), method.student_loss(path, roles, draw))
+        found.append(torch.cat([loss.values.detach() for loss in losses]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps_aware", [False, True])
 def test_states_restore_the_roles(backbone: Backbone, batch, kind, steps_aware) -> None:
@@ -242,6 +263,30 @@ def test_what_is_trained(backbone: Backbone) -> None:
     assert not names & set(roles.critic_state())
     trained = {id(p) for p in [*roles.student_parameters(), *roles.critic_parameters()]}
     assert trained == {id(p) for p in roles.student_seat.network.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_roles_without_a_critic_hold_nothing_for_it(backbone: Backbone, batch, kind: str) -> None:
+    x, t, condition = batch
+    roles, full = (build_roles(backbone, kind, rank=4, critic=critic) for critic in (False, True))
+    assert roles.critic_parameters() == []
+    assert roles.critic_state() == {}
+    assert roles.student_state().keys() == full.student_state().keys()
+    assert all(torch.equal(value, full.student_state()[name]) for name, value in roles.student_state().items())
+    assert not any(f".{CRITIC}." in name for name, _ in roles.student_seat.network.named_parameters())
+    perturb(roles.student_parameters())
+    assert gradient(roles.student_parameters(), roles.student(x, t, condition).square().mean()).norm() > 0
+    with pytest.raises(FewstepError, match="roles without a critic"):
+        roles.critic(x, t, condition)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_discriminator_on_the_teacher_needs_no_critic(backbone: Backbone, batch, kind: str) -> None:
+    roles = build_roles(backbone, kind, rank=4, critic=False, discriminator="teacher")
+    assert roles.critic_state().keys() == {name for name in roles.critic_state() if name.startswith("discriminator.")}
+    assert gradient(roles.critic_parameters(), roles.discriminator(*batch).mean()).norm() > 0
+    with pytest.raises(FewstepError, match="critic that is not there"):
+        build_roles(backbone, kind, critic=False, discriminator="critic")
 
 
 def test_a_small_base_has_float32_adapters(folder: Path, batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from tiny_pixart import PROMPTS, assert_latents_close, perturb
 
 from fewstep.core import grids
 from fewstep.core.solvers import ddim
+from fewstep.errors import FewstepError
 from fewstep.models import Backbone, build_roles, seeded_noise
-from fewstep.models.steps_aware import StepsAwarePixArtPipeline, StepsAwarePixArtTransformer2DModel
+from fewstep.models.expert_networks import switching_network
+from fewstep.models.steps_aware import StepsAwarePixArtPipeline, StepsAwarePixArtTransformer2DModel, made_steps_aware
 
 
 def trained_network(backbone: Backbone) -> StepsAwarePixArtTransformer2DModel:
@@ -64,6 +67,16 @@ def test_each_adapter_has_its_own_embedding(backbone: Backbone, batch) -> None:
         assert not torch.allclose(roles.student(x, t, condition), teacher)
         assert torch.equal(roles.critic(x, t, condition), critic)
         assert torch.equal(roles.teacher(x, t, condition), teacher)
+
+
+def test_a_network_of_experts_is_not_made_steps_aware(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would lose its later experts without a word."""
+    experts = switching_network([copy.deepcopy(backbone.network) for _ in range(2)], [500.0])
+    with pytest.raises(FewstepError, match=r"ExpertsPixArtTransformer2DModel that is to be told.*fix:"):
+        made_steps_aware(experts)
+    monkeypatch.setattr(backbone, "network", experts)
+    with pytest.raises(FewstepError, match="ExpertsPixArtTransformer2DModel"):
+        build_roles(backbone, "adapters", rank=4, steps_aware=True)
 
 
 def test_the_embedding_is_trained(backbone: Backbone, batch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fewstep.core.process import Flow
 from fewstep.core.streams import Draw
 from fewstep.errors import FewstepError
-from fewstep.methods import preset
+from fewstep.methods import DecoupledOptions, preset
 from fewstep.methods.base import Loss, Roles
 from fewstep.models.function_teacher import FunctionTeacher
 from fewstep.training.log import read_log
@@ -302,3 +302,23 @@ def test_a_published_method_trains_at_the_cost_it_claims(tmp_path: Path, kind: s
     assert sum(forwards) / 8 == pytest.approx(method.forwards(), rel=0.05)
     assert max(forwards) <= 15  # issue 2, at K = 4
     assert {"metric/student/real_fake_cosine", "metric/student/denoised_std"} <= records[0].keys()
+
+
+def test_a_method_that_asks_no_critic_trains_and_saves_none(tmp_path: Path) -> None:
+    """Although the roles have one: no optimiser, nothing in checkpoints, and the run resumes."""
+    options = DecoupledOptions(regulariser="mean_variance", moment_mean=0.0, moment_variance=1.0, steps=2)
+    method = options.build()
+
+    def run(iterations: int, resume: bool = False) -> tuple[toy.ToyRoles, Path]:
+        torch.manual_seed(0)
+        roles = toy.ToyRoles()
+        settings = toy.toy_options(iterations=iterations, warmup=1, schedule="constant")
+        result = train(method, roles, toy.toy_data, settings, tmp_path, noise_shape=(toy.DIMENSIONS,), resume=resume)
+        return roles, result.checkpoint
+
+    before = {name: value.clone() for name, value in toy.ToyRoles().critic_state().items()}
+    roles, checkpoint = run(2)
+    assert all(torch.equal(before[name], value) for name, value in roles.critic_state().items())
+    assert sorted(path.stem for path in checkpoint.glob("*.safetensors")) == ["ema", "student", "student_optimiser"]
+    again, _ = run(3, resume=True)
+    assert any(not torch.equal(roles.student_state()[name], value) for name, value in again.student_state().items())

@@ -20,8 +20,11 @@ from fewstep.training.signals import Stopped
 class Chain:
     """Three turns of toy runs; remembers what each was handed."""
 
-    def __init__(self, options: Sequence[TrainOptions] | None = None, stop_in: str | None = None) -> None:
+    def __init__(
+        self, options: Sequence[TrainOptions] | None = None, stop_in: str | None = None, keeps_critic: bool = False
+    ) -> None:
         self.handed: dict[str, list[State]] = {}
+        self.keeps_critic = keeps_critic
         self.options, self.stop_in = options or [toy_options(iterations=4, warmup=1)] * 3, stop_in
 
     def turn(self, number: int) -> Turn:
@@ -34,7 +37,8 @@ class Chain:
                 made.student_net.load_state_dict(before[-1])
             return made
 
-        return Turn(name, ToyMethod(), roles, self.options[number - 1], lambda made: self.hooks(name))
+        kept = self.keeps_critic and number > 1
+        return Turn(name, ToyMethod(), roles, self.options[number - 1], kept, lambda made: self.hooks(name))
 
     def hooks(self, name: str) -> Hooks | None:
         def stop(iteration: int, folder: Path) -> None:
@@ -73,6 +77,39 @@ def test_a_chain_that_was_stopped_goes_on_to_the_same_end(tmp_path: Path, stop_i
         Chain(stop_in=stop_in).run(tmp_path / "stopped")
     assert_equal(Chain().run(tmp_path / "stopped", resume=True), expected)
     assert_equal(Chain().run(tmp_path / "stopped", resume=True), expected)  # once more, now that it is finished
+
+
+@pytest.mark.parametrize("keeps_critic", [False, True])
+def test_a_critic_is_new_in_every_turn_unless_it_is_kept(
+    tmp_path: Path, keeps_critic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept, it is what the checkpoint of the turn before holds, to the bit, also when that turn is only read."""
+    from safetensors.torch import load_file
+
+    import fewstep.training.phases as phases
+
+    began: dict[str, State] = {}
+    original = phases.train
+
+    def watched(method, roles, data, options, out, hooks, **more):
+        began[out.name] = {name: value.clone() for name, value in roles.critic_state().items()}
+        return original(method, roles, data, options, out, hooks, **more)
+
+    monkeypatch.setattr(phases, "train", watched)
+    with pytest.raises(Stopped):
+        Chain(stop_in="phase-3", keeps_critic=keeps_critic).run(tmp_path)
+    for again in (False, True):
+        saved = load_file(tmp_path / "phase-1" / "checkpoints" / "000004" / "critic.safetensors")
+        assert_equal(began["phase-2"], saved if keeps_critic else ToyRoles().critic_state())
+        if not again:
+            Chain(keeps_critic=keeps_critic).run(tmp_path, resume=True)
+
+
+def test_a_kept_critic_of_another_kind_is_refused(tmp_path: Path) -> None:
+    first, second = Chain().turn(1), Chain(keeps_critic=True).turn(2)
+    other = Turn(second.name, second.method, lambda before: ToyRoles(hidden=4), second.options, keeps_critic=True)
+    with pytest.raises(FewstepError, match="whose critic has"):
+        train_in_turn([first, other], toy_data, tmp_path, noise_shape=(DIMENSIONS,))
 
 
 def test_a_chain_without_an_average_hands_on_the_students_themselves(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import get_args
 from fewstep.core.process import DiscreteVP, Flow, Process
 from fewstep.evaluation.answer import Answer
 from fewstep.evaluation.known_answers_adversarial import adversarial_fixed_points, density_ratio, dmd2_gaussian
+from fewstep.evaluation.known_answers_decoupled import guidance_and_matching, guided_gaussian
 from fewstep.evaluation.known_answers_fixed_points import (
     closed_form_gains,
     critic_alone,
@@ -55,6 +56,9 @@ def quick_checks() -> dict[str, Check]:
     checks["two-phase Gaussian"] = partial(two_phase_gaussian, flow)
     for name, process in (("flow", flow), ("vp", vp)):
         checks[f"SiD Gaussian, {name}, K=1"] = partial(sid_gaussian, process, 1)
+    checks["guidance and matching"] = guidance_and_matching
+    for name, process in (("flow", flow), ("vp", vp)):
+        checks[f"decoupled guided Gaussian, {name}, K=2"] = partial(guided_gaussian, process)
     checks["dmd2 Gaussian, flow, K=1"] = partial(dmd2_gaussian, flow, 1, 5e-3)
     return checks
 

@@ -24,6 +24,8 @@ from fewstep.methods.base import LANDING, STEPS, Batch, Loss, Method
 
 RealSamples = Callable[[int, torch.Generator], Tensor]
 """real(count, generator) -> clean samples (count, d), such as a teacher's `sample`."""
+PairSamples = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+"""pairs(count, generator) -> standard normal noise and the teacher's samples from it, (count, d) each."""
 
 
 class ToyRoles:
@@ -209,6 +211,27 @@ class LogisticDiscriminator(nn.Module):
         return ((powers[:, :, None] * monomials[:, None]).flatten(1) @ self.weight)[:, None]
 
 
+class MLPDiscriminator(nn.Module):
+    """A logit (B, 1) by a small network of x, the teacher's denoised sample and noise there, and time; 0 at first."""
+
+    def __init__(self, teacher: MixtureTeacher, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(4))
+        sizes = [3 * teacher.dimensions + 1 + 2 * 4] + [width] * depth
+        layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.network = nn.Sequential(*layers, nn.Linear(width, 1))
+        nn.init.zeros_(self.network[-1].weight)
+        nn.init.zeros_(self.network[-1].bias)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        time = t.to(x.dtype)[:, None]  # (B, 1)
+        angles = time * self.frequencies
+        start = self.teacher(x, t, condition)
+        eps = noise_at(self.teacher.process, x, start, t)
+        return self.network(torch.cat([x, start, eps, time, angles.sin(), angles.cos()], 1))
+
+
 def chebyshev(z: Tensor, terms: int) -> Tensor:
     """T_0 to T_{terms-1}, 2 or more, at z (B,) in [-1, 1]: (B, terms)."""
     values = [torch.ones_like(z), z]
@@ -239,6 +262,7 @@ def distil(
     discriminator: nn.Module | None = None,
     discriminator_rate: float = 0.01,
     real: RealSamples | None = None,
+    pairs: PairSamples | None = None,
 ) -> None:
     """Alternating training (card 3) with Adam, beta1 = 0, rates falling to zero by a cosine; changes all networks.
 
@@ -248,6 +272,7 @@ def distil(
         discriminator: is trained with the critic, for methods that need one.
         discriminator_rate: its learning rate. Adam's steps do not feel the method's discriminator_weight.
         real: clean samples, without conditions, for methods that need them.
+        pairs: noise and the teacher's samples, likewise.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = BulkDraw(batch, generator)
@@ -262,8 +287,9 @@ def distil(
     def path() -> Path:
         told = condition(generator) if condition else {}
         clean: tuple[Tensor, Condition] | None = (real(batch, generator), {}) if real else None
+        made: tuple[Tensor, Tensor, Condition] | None = (*pairs(batch, generator), {}) if pairs else None
         shape, dtype = (teacher.dimensions,), teacher.means.dtype
-        return method.rollout(Batch(told, torch.arange(batch), shape, dtype, clean), roles, draw)
+        return method.rollout(Batch(told, torch.arange(batch), shape, dtype, clean, made), roles, draw)
 
     def update(optimiser: torch.optim.Adam, fade: float, loss: Loss) -> None:
         for group in optimiser.param_groups:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Loss, Method, Needs, Options, Roles
+from fewstep.methods.decoupled import DecoupledOptions, decoupled, decoupled_constrained, decoupled_shared
 from fewstep.methods.dmd2 import DMD2Options, dmd, dmd2
 from fewstep.methods.f_distill import FDistillOptions, f_distill
 from fewstep.methods.phased import PhasedOptions, phased, phased_paper
@@ -28,6 +29,9 @@ METHODS: dict[str, Callable[[], Options]] = {
     "sid-long": sid_long,
     "sid-zero-cfg": sid_zero_cfg,
     "sid-anti-cfg": sid_anti_cfg,
+    "decoupled": decoupled,
+    "decoupled-constrained": decoupled_constrained,
+    "decoupled-shared": decoupled_shared,
     "phased": phased,
     "phased-paper": phased_paper,
     "tsm": tsm,
@@ -49,6 +53,7 @@ __all__ = [
     "METHODS",
     "Batch",
     "DMD2Options",
+    "DecoupledOptions",
     "FDistillOptions",
     "Loss",
     "Method",

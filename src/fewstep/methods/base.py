@@ -21,6 +21,9 @@ from fewstep.core.tensors import Condition
 STEPS = "steps"
 """Condition key of the step count K: (B,) floats. Read by steps-aware students and critics, ignored by teachers."""
 
+ChainNoise = Literal["fresh", "fixed"]
+"""What the new noise of a step is, where a student keeps less than all of its own: its own, or that of the start."""
+
 LANDING = "landing"
 """Condition key of the time of the landing point a critic is asked about: (B,) floats in [0, 1)."""
 
@@ -140,6 +143,11 @@ class Options(Protocol):
     @property
     def eta(self) -> float:
         """Share of its own noise that a step of the student keeps when it samples."""
+        ...
+
+    @property
+    def chain_noise(self) -> ChainNoise:
+        """What the rest of a step's noise is when it samples."""
         ...
 
     @property

@@ -58,11 +58,15 @@ class Query:
 
 @dataclass(frozen=True)
 class Pull:
-    """One term of the student's update: a direction in the space of denoised samples, and what divides it."""
+    """One term of the student's update: a direction in the space of denoised samples, and what it is scaled by."""
 
     direction: Tensor
+    query: Query
+    """Where networks were asked for it."""
     divisor: Tensor
+    """(B,), see `losses.matching.normaliser`."""
     weight: Tensor
+    """(B,) of its loss."""
 
 
 class Matching:
@@ -106,7 +110,7 @@ class Matching:
         o = self.options
         if steps is None:
             return sum(self.forwards(count) for count in o.counts) / len(o.counts)
-        reached = ((m / steps) ** o.critic_updates * min(1, (m + 1) / steps) for m in range(steps))
+        reached = ((m / steps) ** self.critic_updates * min(1, (m + 1) / steps) for m in range(steps))
         return sum(1 - probability for probability in reached) + self._forwards_of_losses()
 
     def _forwards_of_losses(self) -> float:
@@ -215,7 +219,7 @@ class Matching:
     def _student_loss(self, path: Path, roles: Roles, call: Tensor, draw: Draw) -> Loss:
         o = self.options
         landing = self._compared(path, path.land(roles.student, call), draw)  # the one call with gradient
-        query = self._query(path, landing, draw)
+        query = self._student_query(path, landing, draw)
         if o.gan_weight:
             attached = renoise(path.process, landing.x, landing.t, query.tau, query.noise)  # query.x, with gradient
             query = replace(query, logits=roles.discriminator(attached, query.tau, prompt_of(landing.condition)))
@@ -228,48 +232,52 @@ class Matching:
         values = torch.stack(parts).sum(0)
         metrics |= {"student_loss": values.detach().mean(), "normaliser": pulls[0].divisor.mean()}
         metrics |= spread_metrics(landing.denoised)
-        if query.logits is not None:
-            adversarial = fooling_loss(query.logits)
-            values = values + o.gan_weight * adversarial
-            metrics["adversarial_loss"] = adversarial.detach().mean()
+        for name, (weight, term) in self._further_terms(roles, landing, query).items():
+            values = values + weight * term
+            metrics[f"{name}_loss"] = term.detach().mean()
         return Loss(values, metrics)
+
+    def _further_terms(self, roles: Roles, landing: Landing, query: Query) -> dict[str, tuple[float, Tensor]]:
+        """Terms of the student's loss beside the pulls, with gradient: weight and values (B,) by name."""
+        if query.logits is None:
+            return {}
+        return {"adversarial": (self.options.gan_weight, fooling_loss(query.logits))}
 
     @torch.no_grad()
     def _pulls(self, roles: Roles, landing: Landing, query: Query, draw: Draw) -> tuple[list[Pull], dict[str, Tensor]]:
         """The terms of the student's update, and what to log of teacher and critic."""
-        o, condition = self.options, prompt_of(landing.condition)
+        o, condition, clean = self.options, prompt_of(landing.condition), landing.denoised
         fake = roles.critic(query.x, query.tau, self._critic_condition(landing))
         weight = self._sample_weight(roles, query, condition)
         if o.guidance == "coupled" or o.guidance_scale == 1:
             real = guided(roles.teacher, query.x, query.tau, condition, roles.null(condition), o.guidance_scale)
-            pulls = [Pull(real - fake, normaliser(o.normaliser, landing.denoised, real), weight)]
-        else:
-            real, guidance, divisors = self._decoupled(roles, landing, query, condition, draw)
-            pulls = [Pull(real - fake, divisors[0], weight), Pull(guidance, divisors[1], torch.ones_like(weight))]
-        metrics = agreement_metrics(landing.denoised, real, fake)
+            pulls = [Pull(real - fake, query, normaliser(o.normaliser, clean, real), weight)]
+        else:  # card decoupled_dmd, eq. 8: the plain teacher at the query, guidance at levels of its own
+            guidance, (told, untold) = self._guidance_pull(roles, landing, query, draw)
+            shared = guidance.query is query
+            real = told if shared else roles.teacher(query.x, query.tau, condition)
+            pulls = [Pull(real - fake, query, normaliser(o.normaliser, clean, real), weight), guidance]
+            if o.joint_normaliser:
+                joint = normaliser(o.normaliser, clean, untold + o.guidance_scale * (told - untold))
+                pulls = [replace(pull, divisor=joint) for pull in pulls]
+        metrics = agreement_metrics(clean, real, fake)
         if self._judged:
             share = 1 / weight.square().mean()  # effective share of the samples
             metrics |= {"weight_min": weight.min(), "weight_max": weight.max(), "weight_effective_share": share}
         return pulls, metrics
 
-    def _decoupled(
-        self, roles: Roles, landing: Landing, query: Query, condition: Condition, draw: Draw
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """The plain teacher at the query, guidance at levels of its own, and what divides each (card decoupled_dmd)."""
-        o = self.options
-        if o.guidance_levels == "shared":
-            own = query
-        else:
+    def _guidance_pull(
+        self, roles: Roles, landing: Landing, query: Query, draw: Draw
+    ) -> tuple[Pull, tuple[Tensor, Tensor]]:
+        """Guidance as a term of its own, and the teacher's two answers; no critic has part in it (card eq. 6)."""
+        o, condition = self.options, prompt_of(landing.condition)
+        if o.guidance_levels != "shared":
             floor, ceiling = self._guidance_levels(landing)
-            own = self._query_between(roles.process, landing, floor, ceiling, draw.sub("guidance"))
-        told, untold = guided_parts(roles.teacher, own.x, own.tau, condition, roles.null(condition))
-        real = told if own is query else roles.teacher(query.x, query.tau, condition)
-        if o.joint_normaliser:
-            joint = normaliser(o.normaliser, landing.denoised, untold + o.guidance_scale * (told - untold))
-            divisors = joint, joint
-        else:
-            divisors = tuple(normaliser(o.normaliser, landing.denoised, toward) for toward in (real, told))
-        return real, (o.guidance_scale - 1) * (told - untold), divisors
+            query = self._query_between(roles.process, landing, floor, ceiling, draw.sub("guidance"))
+        told, untold = guided_parts(roles.teacher, query.x, query.tau, condition, roles.null(condition))
+        divisor = normaliser(o.normaliser, landing.denoised, told)
+        direction = (o.guidance_scale - 1) * (told - untold)
+        return Pull(direction, query, divisor, torch.ones_like(query.tau)), (told, untold)
 
     def _guidance_levels(self, landing: Landing) -> tuple[Tensor, Tensor]:
         """Floor and ceiling of the noise levels at which guidance is asked about."""
@@ -298,6 +306,10 @@ class Matching:
         ratio = clipped_ratio(log_ratio, o.ratio_clip)
         weight = divergence_weight(o.divergence, mean_one_by_time(ratio, query.tau, o.ratio_bins))
         return weight / weight.mean()
+
+    def _student_query(self, path: Path, landing: Landing, draw: Draw) -> Query:
+        """Where the student's loss asks: as the critic's does."""
+        return self._query(path, landing, draw)
 
     @torch.no_grad()
     def _query(self, path: Path, landing: Landing, draw: Draw) -> Query:

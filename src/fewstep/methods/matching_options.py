@@ -16,10 +16,10 @@ from fewstep.errors import FewstepError
 from fewstep.losses.critic import CriticWeight
 from fewstep.losses.divergence import Divergence
 from fewstep.losses.matching import Metric, Normaliser
-from fewstep.methods.tau import TauLaw
+from fewstep.methods.tau import TauLaw, tau_bounds
 
 if TYPE_CHECKING:
-    from fewstep.methods.base import Method
+    from fewstep.methods.base import ChainNoise, Method
 
 Guidance = Literal["coupled", "decoupled"]
 GuidanceLevels = Literal["cleaner", "full", "shared", "noisier"]
@@ -111,6 +111,11 @@ class MatchingOptions:
     """Weight of the discriminator's loss beside the critic's, above 0 (DMD2: 1e-2)."""
 
     @property
+    def chain_noise(self) -> ChainNoise:
+        """New noise at every step."""
+        return "fresh"
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """The step counts that training draws from."""
         return self.step_counts or (self.steps,)
@@ -184,6 +189,15 @@ class MatchingOptions:
                 "one query for both terms, of which the normaliser can be taken",
                 "set guidance_levels to 'shared'",
             )
+        if self.guidance == "decoupled" and self.guidance_levels == "cleaner":
+            for grid in map(self.time_grid, self.counts):
+                low, high = tau_bounds(grid[-1], grid[-2], margin=self.margin, tau_min=self.tau_min, shift=self.shift)
+                if low >= high:
+                    raise contradiction(
+                        f"no room for guidance at levels cleaner than the last call's, {float(grid[-2]):.4g}",
+                        "room between tau_min and that, less the margins",
+                        "lower tau_min or margin, or use fewer steps",
+                    )
 
 
 def require(good: bool, name: str, found: Any, expected: str, fix: str) -> None:

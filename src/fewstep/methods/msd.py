@@ -28,6 +28,8 @@ class Stage:
     name: str
     """"tsm", "dm" or "adm"."""
     options: Options
+    keeps_critic: bool = False
+    """Its critic goes on from that of the stage before."""
 
 
 def msd_stages(
@@ -38,11 +40,13 @@ def msd_stages(
     Args:
         dm: any method of distribution matching; its own gan_weight is 0.
         smaller: the student is not a copy of the teacher.
-        gan_weight: of the last stage, which continues `dm` with a discriminator (DMD2: 1e-3 to 5e-3).
+        gan_weight: of the last stage, which continues `dm`, student and critic, with a discriminator (DMD2: 1e-3 to
+            5e-3). The card has it start from DM's checkpoint and put heads on its fake score; a critic that began as
+            the teacher once more would, until it has caught up, leave guidance alone at work.
         tsm: options of the first stage; unless told, the defaults on the time grid of `dm`.
     """
     require(dm.gan_weight == 0, "gan_weight of the dm stage", dm.gan_weight, "0", "pass it as the adm stage's")
     require(gan_weight >= 0, "gan_weight", gan_weight, "0 or more", "0 leaves the stage out")
     first = Stage("tsm", tsm or TSMOptions(steps=dm.steps, shift=dm.shift))
-    last = Stage("adm", replace(dm, gan_weight=gan_weight))
+    last = Stage("adm", replace(dm, gan_weight=gan_weight), keeps_critic=True)
     return (*[first] * smaller, Stage("dm", dm), *[last] * (gan_weight > 0))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -32,12 +32,10 @@ from fewstep.losses.adversarial import fooling_loss, telling_loss
 from fewstep.losses.critic import CriticWeight
 from fewstep.losses.fisher import FisherWeight, fisher_loss, fisher_weight, handed_on
 from fewstep.losses.matching import Normaliser, normaliser
-from fewstep.methods.base import Batch, Loss, Roles, agreement_metrics, spread_metrics
+from fewstep.methods.base import Batch, ChainNoise, Loss, Roles, agreement_metrics, spread_metrics
 from fewstep.methods.matching import Matching, Query, prompt_of
 from fewstep.methods.matching_options import MatchingOptions, contradiction, require
 from fewstep.methods.tau import TauLaw
-
-ChainNoise = Literal["fresh", "fixed"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {"weight": get_args(FisherWeight), "chain_noise": get_args(ChainNoise)}
 _UNREAD = ["metric", "huber_c", "guidance", "guidance_levels", "joint_normaliser"]
@@ -66,7 +64,8 @@ class SiDOptions(MatchingOptions):
     """Share of its own noise that a step keeps, in [0, 1]: 0 is new noise at every step (SiD-DiT's default), 1 is
     SiD-DiT's `ddim`; of equal quality, by its authors."""
     chain_noise: ChainNoise = "fresh"
-    """What a step's new noise is: `fresh`, or `fixed`, again that of the path's start (both SiD-DiT's)."""
+    """What a step's new noise is: `fresh`, or `fixed`, again that of the path's start (both SiD-DiT's). No diffusers
+    scheduler samples `fixed` with several steps, so `fewstep distill` refuses it; for networks of your own."""
     critic_training_scale: float = 1.0
     """kappa_1, the guidance with which the critic is trained, any number: its guided answer is what must be right."""
     critic_scale: float = 1.0

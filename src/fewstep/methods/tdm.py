@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 
 from fewstep.core import grids
+from fewstep.core.guidance import guided
 from fewstep.core.process import Process
 from fewstep.core.rollout import Landing, Path
+from fewstep.core.solvers import ddim_step, land
 from fewstep.core.streams import Draw
 from fewstep.core.tensors import Condition
 from fewstep.losses.critic import beta_ratio, critic_weight, exact_target, importance_weight
-from fewstep.methods.base import LANDING, Needs
-from fewstep.methods.matching import Matching, Query
+from fewstep.losses.matching import metric
+from fewstep.methods.base import LANDING, Needs, Roles
+from fewstep.methods.matching import Matching, Query, prompt_of
 from fewstep.methods.tdm_options import TDMOptions
 
 
@@ -48,6 +51,11 @@ class TDM(Matching):
         if steps is None or self.options.segments == "one":
             return super().forwards(steps)
         return steps + max(self.options.counts) * self._forwards_of_losses()
+
+    def _forwards_of_losses(self) -> float:
+        o = self.options
+        solver = o.solver_substeps * (1 if o.guidance_scale == 1 else 2) if o.solver_weight else 0
+        return super()._forwards_of_losses() + solver
 
     def _visits(self, path: Path, draw: Draw) -> list[tuple[Tensor, Draw]]:
         """One call per sample, or all in turn."""
@@ -83,6 +91,25 @@ class TDM(Matching):
         if not self.options.critic_call_condition:
             return landing.condition
         return landing.condition | {LANDING: landing.t}
+
+    def _further_terms(self, roles: Roles, landing: Landing, query: Query) -> dict[str, tuple[float, Tensor]]:
+        """How far the landing point is from the guided teacher's own, from the same input."""
+        terms = super()._further_terms(roles, landing, query)
+        if self.options.solver_weight:
+            distance = metric("l2", landing.x - self._solver_landing(roles, landing), c=0.0)
+            terms["solver"] = self.options.solver_weight, distance
+        return terms
+
+    @torch.no_grad()
+    def _solver_landing(self, roles: Roles, landing: Landing) -> Tensor:
+        """(B, ...) where the guided teacher's DDIM gets in `solver_substeps` steps of equal length."""
+        o, process, condition = self.options, roles.process, prompt_of(landing.condition)
+        x, t = land(process, landing.denoised, landing.eps_hat, landing.t_from), landing.t_from  # the call's own input
+        for step in range(1, o.solver_substeps + 1):
+            to = torch.lerp(landing.t_from, landing.t, step / o.solver_substeps)
+            denoised = guided(roles.teacher, x, t, condition, roles.null(condition), o.guidance_scale)
+            x, t = ddim_step(process, x, denoised, t, to), to
+        return x
 
     def _pulled(self, landing: Landing) -> Tensor:
         return landing.denoised if self.options.loss_on == "denoised" else landing.x

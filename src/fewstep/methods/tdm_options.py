@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from torch import Tensor
 
 from fewstep.losses.critic import CriticTarget, Importance
-from fewstep.methods.matching_options import MatchingOptions, contradiction
+from fewstep.methods.matching_options import MatchingOptions, contradiction, require
 from fewstep.methods.tau import TauRange, tau_bounds
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ class TDMOptions(MatchingOptions):
     ratio within [1/20, 20] (Flow-Factory)."""
     critic_call_condition: bool = False
     """Tell the critic the landing time; advised by the authors with to_T, where its laws overlap (card 2.3)."""
+    solver_weight: float = 0.0
+    """Weight, 0 or more, of the squared distance of a landing point from where the guided teacher's own solver gets
+    from the same input: progressive distillation on the student's path. Ours: the fixed point of guided matching is not
+    what guided sampling samples (docs/findings/guided-fixed-point.md); this term keeps the student near the latter."""
+    solver_substeps: int = 2
+    """Steps of that solver in a segment, 1 or more; each costs two more forwards, one where there is no guidance."""
     loss_on: LossOn = "denoised"
     """What is pulled along the direction: the `denoised` sample (all released code) or the `landing` point (paper)."""
 
@@ -59,6 +65,7 @@ class TDMOptions(MatchingOptions):
         self.require_choices(_CHOICES)
         super().validate()
         self._validate_critic()
+        self._validate_solver()
         counts = self.counts
         if self.segments == "all" and any(max(counts) % count for count in counts):
             raise contradiction(
@@ -68,6 +75,16 @@ class TDMOptions(MatchingOptions):
             )
         for count in counts:
             self._validate_segments(self.time_grid(count))
+
+    def _validate_solver(self) -> None:
+        require(self.solver_weight >= 0, "solver_weight", self.solver_weight, "0 or more", "use 0.5, or 0 for none")
+        require(self.solver_substeps >= 1, "solver_substeps", self.solver_substeps, "1 or more", "use 2")
+        if self.solver_weight and (self.eta != 1 or self.landing != "fixed"):
+            raise contradiction(
+                f"solver_weight {self.solver_weight} with eta {self.eta} and landing {self.landing!r}",
+                "a path of the solver's kind, eta 1 and landing 'fixed'",
+                "set solver_weight to 0",
+            )
 
     def _validate_critic(self) -> None:
         if self.critic_target == "exact" and self.importance != "none":

@@ -25,7 +25,7 @@ from fewstep.core.streams import Draw
 from fewstep.core.tensors import Condition, at_least_float32, flat_mean
 from fewstep.errors import FewstepError
 from fewstep.losses.critic import CriticWeight, critic_weight
-from fewstep.methods.base import Batch, Loss, Needs, Roles, spread_metrics
+from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, spread_metrics
 from fewstep.methods.matching_options import require
 
 Points = Literal["path", "data"]
@@ -56,6 +56,11 @@ class TSMOptions:
     def eta(self) -> float:
         """The saved student is sampled without fresh noise."""
         return 1.0
+
+    @property
+    def chain_noise(self) -> ChainNoise:
+        """There is none."""
+        return "fresh"
 
     @property
     def counts(self) -> tuple[int, ...]:

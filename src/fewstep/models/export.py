@@ -35,6 +35,7 @@ def save_student(
     *,
     method: str,
     eta: float = 1.0,
+    chain_noise: str = "fresh",
     form: Form = "pipeline",
     dtype: torch.dtype = torch.float32,
     details: Mapping[str, Any] | None = None,
@@ -52,6 +53,7 @@ def save_student(
         grids: one time grid (K+1,) for each step count K the student is for.
         method: the method's name, for the card.
         eta: share of its own noise that a step keeps, 1 or 0 (`choose_scheduler`).
+        chain_noise: what the rest of it is (`choose_scheduler`).
         form: "lora" only for adapter roles that are not steps-aware.
         dtype: of the weights on disk, float32 or float16; the folder loads as float32 either way.
         details: more for `fewstep.json`, JSON-able (options, iterations, metrics).
@@ -70,7 +72,7 @@ def save_student(
             "safetensors yourself"
         )
     _check_form(form, roles)
-    sampling = choose_scheduler(backbone, [time_grids.validated(grid) for grid in grids], eta)
+    sampling = choose_scheduler(backbone, [time_grids.validated(grid) for grid in grids], eta, chain_noise)
     start = sampling.start if form == "pipeline" else 1.0  # in the units of the process that the folder holds
     card: dict[str, Any] = {
         "format": CARD_FORMAT,

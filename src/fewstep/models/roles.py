@@ -7,7 +7,8 @@
 | "mixed"    | base, adapter off  | full copy        | LoRA on the base | 2 networks + 1 adapter |
 
 A discriminator, for methods that have one, is heads on the features of the critic or of the teacher, or a network of
-its own; what it has of its own is trained, saved and restored with the critic.
+its own; what it has of its own is trained, saved and restored with the critic. Methods that ask no critic do without:
+then neither its weights nor its optimiser are there.
 
 All start as the teacher, exactly. The teacher's weights are the backbone's own, shared and never trained. What is
 trained is float32; the frozen base is in whatever dtype the backbone was loaded. Text encoder and autoencoder have no
@@ -157,7 +158,7 @@ class Roles:
         return list(self._student.parameters().values())
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """What is trained with the critic: its own parameters and those of the discriminator, if there is one."""
+        """What is trained with the critic: its own parameters and those of the discriminator, as far as there are."""
         return list(self._critic_trained().values())
 
     def student_state(self) -> dict[str, Tensor]:
@@ -199,12 +200,12 @@ class Roles:
         return network.requires_grad_(False).eval()
 
     def _critic_trained(self) -> dict[str, nn.Parameter]:
-        own = self._need_critic().parameters()
+        own = {} if self._critic is None else self._critic.parameters()
         return own if self._discriminator is None else own | self._discriminator.parameters()
 
     def _need_critic(self) -> Seat:
         if self._critic is None:
-            raise FewstepError("found roles without a critic, expected one, fix: pass a critic network")
+            raise FewstepError("found roles without a critic, expected one, fix: leave critic at True in build_roles")
         return self._critic
 
     def _call(self, seat: Seat, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -223,6 +224,7 @@ def build_roles(
     layers: Layers = "attention+ff",
     steps_aware: bool = False,
     checkpointing: bool = False,
+    critic: bool = True,
     discriminator: Features = "none",
     seed: int = 0,
 ) -> Roles:
@@ -238,13 +240,14 @@ def build_roles(
         layers: which layers take adapters: attention and feed-forward, or every linear layer.
         steps_aware: student and critic read the conditions "steps" and "landing".
         checkpointing: keep only block inputs for the backward pass and compute the rest again.
+        critic: whether there is one, for methods that ask it or a discriminator that reads its features.
         discriminator: whose features it reads: the critic's, which it then shapes too (DMD2), or those of the frozen
             teacher (f-distill).
         seed: of the new weights (adapters, step embedding, heads).
 
     Raises:
-        FewstepError: unknown kind, layers or discriminator, a rank below 1, or a discriminator on a backbone that does
-            not say where its features are.
+        FewstepError: unknown kind, layers or discriminator, a rank below 1, a discriminator without the critic it
+            should read, or on a backbone that does not say where its features are.
     """
     if kind not in get_args(Kind):
         raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")
@@ -252,11 +255,17 @@ def build_roles(
         raise FewstepError(
             f"found discriminator {discriminator!r}, expected one of {get_args(Features)}, fix: name one of these"
         )
+    if discriminator == "critic" and not critic:
+        raise FewstepError(
+            "found a discriminator on the features of a critic that is not there, expected one to read, fix: leave "
+            "critic at True, or set discriminator to 'teacher'"
+        )
     ranks = {STUDENT: rank, CRITIC: rank if critic_rank is None else critic_rank}
     if min(ranks.values()) < 1:
         raise FewstepError(f"found adapter ranks {ranks}, expected at least 1, fix: 16 to 64 are usual")
-    adapters = {"adapters": [STUDENT, CRITIC], "mixed": [CRITIC], "copies": []}[kind]
-    if kind == "adapters" and ranks[CRITIC] < ranks[STUDENT]:
+    trained = (STUDENT, CRITIC) if critic else (STUDENT,)
+    adapters = [role for role in trained if role in {"adapters": trained, "mixed": (CRITIC,), "copies": ()}[kind]]
+    if kind == "adapters" and critic and ranks[CRITIC] < ranks[STUDENT]:
         warnings.warn(
             f"The critic's adapter has rank {ranks[CRITIC]}, less than the student's {ranks[STUDENT]}: a critic that "
             "cannot follow the student misleads it. Give it at least the same rank.",
@@ -267,15 +276,15 @@ def build_roles(
         base, switch = _adapted_base(backbone, adapters, ranks, alpha, layers, steps_aware)
         seats = {
             role: Seat(base, switch, role) if role in adapters else Seat(_trainable(_own_copy(backbone, steps_aware)))
-            for role in (STUDENT, CRITIC)
+            for role in trained
         }
-        read = {"none": None, "critic": seats[CRITIC], "teacher": Seat(base, switch)}[discriminator]
+        read = {"none": None, "critic": seats.get(CRITIC), "teacher": Seat(base, switch)}[discriminator]
         judge = None if read is None else Discriminator(_heads(backbone, read.network), read)
     if checkpointing:
         for network, its_switch in {(seat.network, seat.switch) for seat in seats.values()}:
             own_way = checkpoint_function(its_switch) if its_switch else None
             network.enable_gradient_checkpointing(own_way)
-    return Roles(backbone, Seat(base, switch), seats[STUDENT], seats[CRITIC], judge)
+    return Roles(backbone, Seat(base, switch), seats[STUDENT], seats.get(CRITIC), judge)
 
 
 def _heads(backbone: Backbone, network: nn.Module) -> Heads:

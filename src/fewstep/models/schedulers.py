@@ -42,7 +42,9 @@ class Sampling:
     """Time of the scheduler's last noise level: below 1 its process is the beginning of the teacher's."""
 
 
-def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor], eta: float = 1.0) -> Sampling:
+def choose_scheduler(
+    backbone: Backbone, grids: Sequence[Tensor], eta: float = 1.0, chain_noise: str = "fresh"
+) -> Sampling:
     """A stock scheduler (flow students of PixArt: one of ours) with which the pipeline reproduces every grid.
 
     Schedulers that need no more than the step count come first, then those that must be handed the times in each call.
@@ -55,11 +57,19 @@ def choose_scheduler(backbone: Backbone, grids: Sequence[Tensor], eta: float = 1
             LCMScheduler, with the noise that the pipeline draws from its generator. On a flow it is FlowMatchEuler's
             stochastic sampling: most pipelines draw that noise from torch's global generator, in their own layout, so
             that theirs and our samples are of one law, but not equal number by number.
+        chain_noise: whether that noise is "fresh", or "fixed", that of the start; not looked at for an eta of 1 or for
+            single calls.
 
     Raises:
         FewstepError: none does; with the reason for each candidate.
     """
     stochastic = eta != 1 and any(len(grid) > 2 for grid in grids)  # one call has nothing to renoise
+    if stochastic and chain_noise != "fresh":
+        raise FewstepError(
+            f"found chain_noise {chain_noise!r} for students of {max(map(len, grids)) - 1} steps, expected 'fresh' "
+            "(diffusers has no scheduler that renoises with the noise of the start), fix: set chain_noise to 'fresh', "
+            "or eta to 1"
+        )
     if stochastic and (eta != 0 or not isinstance(backbone.process, DiscreteVP | Flow)):
         raise FewstepError(
             f"found eta = {eta} on the process {backbone.process.name}, expected 1, or 0 on a discrete or flow process "

@@ -19,6 +19,8 @@ from diffusers import ModelMixin, PixArtAlphaPipeline, PixArtTransformer2DModel
 from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings, TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
+from fewstep.errors import FewstepError
+
 __all__ = [
     "ModelMixin",  # diffusers looks in the module of a class of ours for the base class that says how to load it
     "StepsAwarePixArtPipeline",
@@ -90,8 +92,18 @@ class StepsAwarePixArtTransformer2DModel(PixArtTransformer2DModel):
 
 
 def made_steps_aware(network: PixArtTransformer2DModel) -> StepsAwarePixArtTransformer2DModel:
-    """`network` itself as the steps-aware class: its weights stay where they are, a fresh `CallEmbedding` is added."""
+    """`network` itself as the steps-aware class: its weights stay where they are, a fresh `CallEmbedding` is added.
+
+    Raises:
+        FewstepError: it is of a subclass that does more, such as switching between experts, which would be lost.
+    """
     if not isinstance(network, StepsAwarePixArtTransformer2DModel):
+        if type(network) is not PixArtTransformer2DModel:
+            raise FewstepError(
+                f"found a {type(network).__name__} that is to be told its step count, expected "
+                "PixArtTransformer2DModel (what the subclass adds would be lost), fix: distil the plain teacher, or "
+                "leave steps_condition and critic_call_condition off"
+            )
         network.__class__ = StepsAwarePixArtTransformer2DModel
         embedding = network.adaln_single.emb
         embedding.__class__ = StepsAwareTimeEmbedding

@@ -46,7 +46,10 @@ PairData = Callable[[int, Tensor], tuple[Tensor, Tensor, Condition]]
 
 
 class TrainableRoles(Roles, Protocol):
-    """Roles whose student and critic can be trained; a discriminator, if there is one, is part of the critic."""
+    """Roles whose student and critic can be trained; a discriminator, if there is one, is part of the critic.
+
+    A method without critic updates leaves the critic alone: no optimiser, nothing in checkpoints.
+    """
 
     @property
     def discriminates(self) -> bool:
@@ -165,7 +168,7 @@ def train(
         named = dict(zip(roles.student_state(), roles.student_parameters(), strict=True))
         student = Trainee("student", named, options, group, networks.watch)
         named = dict(zip(roles.critic_state(), roles.critic_parameters(), strict=True))
-        critic = Trainee("critic", named, options, group, networks.watch)
+        critic = Trainee("critic", named, options, group, networks.watch) if method.critic_updates else None
         state = State(student, critic, Ema(student.parameters, options.ema_decay))
         if group.leads:
             folder.require_space(out, state.bytes(), options.keep)
@@ -225,6 +228,7 @@ def _iterate(
     updates = {}
     for update in range(method.critic_updates):
         critic_losses = (method.critic_loss(path, networks, draw.sub("critic").sub(update)) for path, draw in parts)
+        assert state.critic is not None  # see `train`
         updates["critic"] = state.critic.update(critic_losses, iteration)
     student_losses = (method.student_loss(path, networks, draw.sub("student")) for path, draw in parts)
     updates["student"] = state.student.update(student_losses, iteration)
@@ -291,7 +295,10 @@ def _validate(
                 f"found {name}_every = {getattr(options, f'{name}_every')} without a way to do it, expected a hook, "
                 f"fix: pass Hooks({name}=...) or set {name}_every to 0"
             )
-    for name, parameters in (("student", roles.student_parameters()), ("critic", roles.critic_parameters())):
+    trained = {"student": roles.student_parameters()}
+    if method.critic_updates:
+        trained["critic"] = roles.critic_parameters()
+    for name, parameters in trained.items():
         if not parameters:
             raise FewstepError(
                 f"found no parameters to train in the {name}, expected some, "

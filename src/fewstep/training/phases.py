@@ -19,6 +19,7 @@ from fewstep.errors import FewstepError
 from fewstep.methods.base import Method
 from fewstep.training.loop import Data, Hooks, PairData, RealData, TrainableRoles, TrainResult, train
 from fewstep.training.options import TrainOptions
+from fewstep.training.trainee import copy_tensors
 
 State = dict[str, Tensor]
 """The trained tensors of a student, averaged, by name."""
@@ -32,8 +33,11 @@ class Turn:
     """Of its folder."""
     method: Method
     roles: Callable[[Sequence[State]], TrainableRoles]
-    """Called when it is its turn, with the students of the turns before: new roles, with a fresh critic."""
+    """Called when it is its turn, with the students of the turns before: new roles, with a new critic."""
     options: TrainOptions
+    keeps_critic: bool = False
+    """The critic goes on from where that of the turn before ended; what only the new one has, such as a discriminator's
+    heads, is as new."""
     hooks: Callable[[TrainableRoles], Hooks | None] = lambda roles: None
 
 
@@ -50,8 +54,9 @@ def train_in_turn(
 ) -> tuple[TrainResult, TrainableRoles]:
     """Trains every turn in `out`/<its name>; the last one's result and roles.
 
-    Students are handed on as averaged ones (`TrainOptions.ema_decay`), to the bit. Their digests are part of the
-    configuration of each later turn: if an earlier turn is trained for longer, the later ones refuse to be resumed.
+    Students are handed on as averaged ones (`TrainOptions.ema_decay`), critics, where they are kept, as they are; both
+    to the bit. Digests of them are part of the configuration of each later turn: if an earlier turn is trained for
+    longer, the later ones refuse to be resumed.
 
     Raises:
         FewstepError: as `train` does; two turns of one name, or none.
@@ -60,9 +65,14 @@ def train_in_turn(
     if not turns or len(set(names)) != len(names):
         raise FewstepError(f"found turns named {names}, expected one or more different names, fix: name them apart")
     students: list[State] = []
+    critic: State = {}
     for turn in turns:
         roles = turn.roles(students)
         before = {name: digest(state) for name, state in zip(names, students, strict=False)}
+        if turn.keeps_critic:
+            there = roles.critic_state()
+            copy_tensors({name: there[name] for name in critic.keys() & there.keys()}, critic, "critic")
+            before["critic"] = digest(critic)
         result = train(
             turn.method,
             roles,
@@ -77,8 +87,13 @@ def train_in_turn(
             resume=resume,
         )
         with result.ema.applied():
-            students.append({name: value.detach().cpu().clone() for name, value in roles.student_state().items()})
+            students.append(_copied(roles.student_state()))
+        critic = _copied(roles.critic_state())
     return result, roles
+
+
+def _copied(state: Mapping[str, Tensor]) -> State:
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
 def digest(state: State) -> str:

@@ -18,15 +18,21 @@ from fewstep.training.trainee import Trainee, copy_tensors
 
 @dataclass(frozen=True)
 class State:
-    """Both trained networks with their optimisers, and the average of the student."""
+    """The trained networks with their optimisers, and the average of the student."""
 
     student: Trainee
-    critic: Trainee
+    critic: Trainee | None
+    """With the discriminator; None for methods that train neither."""
     ema: Ema
+
+    @property
+    def trainees(self) -> list[Trainee]:
+        """Those there are."""
+        return [self.student] if self.critic is None else [self.student, self.critic]
 
     def bytes(self) -> int:
         """Size of a checkpoint: the parameters, two moments of each, and the average."""
-        trained = [*self.student.parameters.values(), *self.critic.parameters.values()]
+        trained = [parameter for trainee in self.trainees for parameter in trainee.parameters.values()]
         return sum(3 * p.nbytes for p in trained) + sum(a.nbytes for a in self.ema.tensors.values())
 
     def save(
@@ -35,7 +41,7 @@ class State:
         """Writes the checkpoint of `iteration`; `about` describes the run. See `checkpoint.save`."""
         groups: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.tensors}
         facts: dict[str, Any] = {"ema_updates": self.ema.updates}
-        for trainee in (self.student, self.critic):
+        for trainee in self.trainees:
             groups |= {trainee.role: trainee.parameters, f"{trainee.role}_optimiser": trainee.tensors()}
             facts[f"{trainee.role}_loss_scaler"] = trainee.scaler.state_dict()
         return checkpoint.save(parent, iteration, groups, {**about, **facts}, keep=keep, extra=extra)
@@ -48,7 +54,7 @@ class State:
         group.wait()  # for the first process to have the folder ready
         found = checkpoint.newest(parent)
         if found is None:
-            group.same_([p.detach() for p in (*self.student.parameters.values(), *self.critic.parameters.values())])
+            group.same_([p.detach() for trainee in self.trainees for p in trainee.parameters.values()])
             group.same_(self.ema.tensors.values())
             return 0
         if found.iteration > iterations:
@@ -56,7 +62,7 @@ class State:
                 f"found the run already at iteration {found.iteration}, expected at most iterations = {iterations}, "
                 "fix: raise --iterations or choose another --out"
             )
-        for trainee in (self.student, self.critic):
+        for trainee in self.trainees:
             optimiser, scaler = found.tensors(f"{trainee.role}_optimiser"), found.state[f"{trainee.role}_loss_scaler"]
             trainee.load(found.tensors(trainee.role), optimiser, scaler)
         copy_tensors(self.ema.tensors, found.tensors("ema"), "ema")
