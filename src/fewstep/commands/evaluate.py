@@ -55,5 +55,6 @@ def line(name: str, result: Evaluated) -> str:
     even = ", ".join(f"{attribute} {value:.2f}" for attribute, value in s.evenness.items())
     return (
         f"{name:<12} calls {result.calls:>3}  frechet {s.frechet:8.3f}  following {100 * s.following:5.1f} %  thing "
-        f"{100 * s.thing:5.1f} %  precision {s.precision:.3f}  recall {s.recall:.3f}  evenness: {even}"
+        f"{100 * s.thing:5.1f} %  precision {s.precision:.3f}  recall {s.recall:.3f}  contrast "
+        f"{s.contrast:.3f}  clipped {100 * s.clipped:4.1f} %  evenness: {even}"
     )

@@ -35,6 +35,10 @@ class SceneScores:
     """Share of images on which everything that the caption states is right."""
     thing: float
     """Share of images of the right thing."""
+    contrast: float
+    """Mean over the images of the standard deviation of their values, which lie in [0, 1]."""
+    clipped: float
+    """Share of values that are black or white to within a grey level: what saturation ends in."""
     evenness: dict[str, float]
     """Per open attribute: entropy over its largest possible value; 1 is uniform."""
     histograms: dict[str, list[float]]
@@ -48,6 +52,8 @@ class SceneScores:
             "recall": self.recall,
             "following": self.following,
             "thing": self.thing,
+            "contrast": self.contrast,
+            "clipped": self.clipped,
             **{f"{name} evenness": value for name, value in self.evenness.items()},
         }
 
@@ -82,6 +88,8 @@ def score_scenes(judge: Judge, images: Tensor, captions: list[Caption], referenc
         recall=recall,
         following=float(right.all(1).mean()),
         thing=float(right[:, 0].mean()),
+        contrast=float(images.flatten(1).float().std(1).mean()) / 255,
+        clipped=float(((images <= 1) | (images >= 254)).float().mean()),
         evenness={name: _evenness(shares) for name, shares in histograms.items()},
         histograms=histograms,
     )
