@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.api import RoleOptions, distill, load_teacher
 from fewstep.commands.common import choose_device, quiet
@@ -41,6 +44,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "constant rates": {"train": {"schedule": "constant"}},
     "critic updates 3": {"method": {"critic_updates": 3}},
     "guidance 2": {"method": {"guidance_scale": 2.0}},
+    "guidance 5": {"method": {"guidance_scale": 5.0}},
+    "solver term": {"method": {"solver_weight": 10.0}},
     "paper": {"preset": "tdm-paper"},
     "unify": {"preset": "tdm-unify"},
     "unify, not told K": {"preset": "tdm-unify", "method": {"steps_condition": False}},
@@ -57,23 +62,26 @@ def run(name: str, args: argparse.Namespace) -> None:
     iterations = args.iterations * changes.get("times", 1)
     train = {
         "iterations": iterations, "batch": args.batch, "seed": args.seed, "log_every": 5, "keep": 1,
-        "checkpoint_every": args.iterations, "evaluate_every": max(1, args.iterations // 2),
+        "checkpoint_every": args.iterations, "evaluate_every": max(1, args.iterations // 2), "precision": args.precision,
     }  # fmt: skip
     start = time.perf_counter()
-    student = distill(
-        load_teacher("emoji", device=choose_device(args.device)),
-        replace(preset(changes.get("preset", "tdm")), **parts["method"]),  # type: ignore[type-var]
-        out=folder,
-        roles=RoleOptions(**parts["roles"]),
-        train_options=TrainOptions(**{**train, **parts["train"]}),
-        resume=True,
-    )
+    plain = args.precision == "bf16" and args.device == "cpu"  # fused attention is slow there
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        student = distill(
+            load_teacher("emoji", device=choose_device(args.device)),
+            replace(preset(changes.get("preset", "tdm")), **parts["method"]),  # type: ignore[type-var]
+            out=folder,
+            roles=RoleOptions(**parts["roles"]),
+            train_options=TrainOptions(**{**train, **parts["train"]}),
+            resume=True,
+        )
     seconds = time.perf_counter() - start
     scores = {steps: record(evaluate_scenes(student, steps=steps, count=args.count)) for steps in sorted(student.grids)}
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     curve = {line["iteration"]: {k: v for k, v in line.items() if k.startswith("evaluate/")} for line in lines}
     curve = {iteration: values for iteration, values in curve.items() if values}
-    settings = {"iterations": iterations, "batch": args.batch, "seed": args.seed, "device": args.device}
+    shared = ("batch", "seed", "device", "precision")
+    settings = {"iterations": iterations} | {option: getattr(args, option) for option in shared}
     result = {"name": name, "changes": parts, **settings, "seconds": seconds, "scores": scores, "curve": curve}
     folder.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
@@ -81,9 +89,10 @@ def run(name: str, args: argparse.Namespace) -> None:
 def report(out: Path) -> None:
     """Print the Markdown table."""
     print(
-        "| run | steps | iterations | Fréchet | following | recall | style evenness | background evenness | seconds |"
+        "| run | steps | iterations | Fréchet | following | recall | contrast | clipped | style evenness "
+        "| background evenness | seconds |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---" * 11 + "|")
     for name in RUNS:
         path = (out / name.replace(" ", "-").replace(",", "")).with_suffix(".json")
         if not path.exists():
@@ -91,8 +100,11 @@ def report(out: Path) -> None:
         result = json.loads(path.read_text())
         for steps, s in result["scores"].items():
             quality = f"{s['frechet']:.2f} | {100 * s['following']:.1f} % | {s['recall']:.3f}"
+            look = f"{s['contrast']:.3f} | {100 * s['clipped']:.1f} %"
             variety = f"{s['style evenness']:.2f} | {s['background evenness']:.2f}"
-            print(f"| {name} | {steps} | {result['iterations']} | {quality} | {variety} | {result['seconds']:.0f} |")
+            print(
+                f"| {name} | {steps} | {result['iterations']} | {quality} | {look} | {variety} | {result['seconds']:.0f} |"
+            )
 
 
 def main() -> None:
@@ -105,6 +117,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256, help="images per evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks in training")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
