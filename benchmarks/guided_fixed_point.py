@@ -1,4 +1,4 @@
-"""Where guided matching rests and where guided sampling ends, in closed form: `python benchmarks/guided_fixed_point.py`.
+"""Where guided matching rests and guided sampling ends, in closed form: `python benchmarks/guided_fixed_point.py`.
 
 One dimension, flow process. With a prompt the data are N(1, 0.3^2), without one N(0, 1.09); all laws stay Gaussian and
 the guided denoiser is linear, so nothing is trained or drawn. For every landing time of a K-step student it prints mean

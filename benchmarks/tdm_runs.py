@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.api import RoleOptions, distill, load_teacher
@@ -62,7 +61,8 @@ def run(name: str, args: argparse.Namespace) -> None:
     iterations = args.iterations * changes.get("times", 1)
     train = {
         "iterations": iterations, "batch": args.batch, "seed": args.seed, "log_every": 5, "keep": 1,
-        "checkpoint_every": args.iterations, "evaluate_every": max(1, args.iterations // 2), "precision": args.precision,
+        "checkpoint_every": args.iterations, "evaluate_every": max(1, args.iterations // 2),
+        "precision": args.precision,
     }  # fmt: skip
     start = time.perf_counter()
     plain = args.precision == "bf16" and args.device == "cpu"  # fused attention is slow there
@@ -102,9 +102,8 @@ def report(out: Path) -> None:
             quality = f"{s['frechet']:.2f} | {100 * s['following']:.1f} % | {s['recall']:.3f}"
             look = f"{s['contrast']:.3f} | {100 * s['clipped']:.1f} %"
             variety = f"{s['style evenness']:.2f} | {s['background evenness']:.2f}"
-            print(
-                f"| {name} | {steps} | {result['iterations']} | {quality} | {look} | {variety} | {result['seconds']:.0f} |"
-            )
+            cost = f"{result['seconds']:.0f}"
+            print(f"| {name} | {steps} | {result['iterations']} | {quality} | {look} | {variety} | {cost} |")
 
 
 def main() -> None:
