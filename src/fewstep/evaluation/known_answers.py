@@ -24,11 +24,13 @@ from fewstep.evaluation.known_answers_fixed_points import (
 from fewstep.evaluation.known_answers_identities import identities
 from fewstep.evaluation.known_answers_mixture import guided_mixture, mixture, steps_aware_mixture
 from fewstep.evaluation.known_answers_phased import resting_laws, subinterval_critic, two_phase_gaussian
+from fewstep.evaluation.known_answers_roles import RUNS, through_roles
 from fewstep.evaluation.known_answers_sid import sid_gaussian
 from fewstep.evaluation.known_answers_training import gaussian, steps_aware_gaussian
 from fewstep.losses.critic import CriticTarget
 
 Check = Callable[[], Iterator[Answer]]
+_QUICK_THROUGH_ADAPTERS = ("tdm", "dmd2")
 
 
 def quick_checks() -> dict[str, Check]:
@@ -60,6 +62,10 @@ def quick_checks() -> dict[str, Check]:
     for name, process in (("flow", flow), ("vp", vp)):
         checks[f"decoupled guided Gaussian, {name}, K=2"] = partial(guided_gaussian, process)
     checks["dmd2 Gaussian, flow, K=1"] = partial(dmd2_gaussian, flow, 1, 5e-3)
+    for method, (name, process) in product(RUNS, (("flow", flow), ("vp", vp))):
+        checks[f"{method} through copies, {name}"] = partial(through_roles, process, method, "copies")
+    for method in _QUICK_THROUGH_ADAPTERS:
+        checks[f"{method} through adapters, flow"] = partial(through_roles, flow, method, "adapters")
     return checks
 
 
@@ -81,6 +87,9 @@ def full_checks() -> dict[str, Check]:
     for name, process in (("flow", flow), ("vp", vp)):
         checks[f"dmd2 Gaussian, {name}, K=4"] = partial(dmd2_gaussian, process, 4, 0.0)
         checks[f"SiD Gaussian, {name}, K=4"] = partial(sid_gaussian, process, 4)
+    for method, (name, process) in product(RUNS, (("flow", flow), ("vp", vp))):
+        if process is vp or method not in _QUICK_THROUGH_ADAPTERS:
+            checks[f"{method} through adapters, {name}"] = partial(through_roles, process, method, "adapters")
     return checks
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.guidance import Denoiser
 from fewstep.core.process import Process
 from fewstep.core.rollout import Path
 from fewstep.core.tensors import Condition
@@ -66,7 +67,7 @@ def trained(
 
 
 @torch.no_grad()
-def covariance_errors(teacher: GaussianTeacher, student: LinearStudent, grid: Tensor, told: Condition) -> list[float]:
+def covariance_errors(teacher: GaussianTeacher, student: Denoiser, grid: Tensor, told: Condition) -> list[float]:
     """Relative Frobenius error of the covariance at each landing, noise to data; exact, since the student is linear."""
     path = Path(student, torch.eye(_DIMENSIONS), grid, teacher.process, told)
     errors = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ from fewstep.core.solvers import noise_at
 from fewstep.core.streams import Draw
 from fewstep.core.tensors import Condition, expand
 from fewstep.evaluation.exact import MixtureTeacher, PredictingAs
-from fewstep.methods.base import LANDING, STEPS, Batch, Loss, Method
+from fewstep.methods.base import LANDING, STEPS, Batch, Loss, Method, Roles
 
 RealSamples = Callable[[int, torch.Generator], Tensor]
 """real(count, generator) -> clean samples (count, d), such as a teacher's `sample`."""
 PairSamples = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """pairs(count, generator) -> standard normal noise and the teacher's samples from it, (count, d) each."""
+Group = dict[str, Any]
+"""A parameter group of an optimiser: "params" and "lr"."""
 
 
 class ToyRoles:
@@ -138,6 +141,10 @@ class PolynomialCritic(nn.Module):
         self.weight = nn.Parameter(self._interpolated(teacher))
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.features(x, t, condition) @ self.weight
+
+    def features(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """x (B, d) times every polynomial of its segment, zeros for the others: (B, segments terms d)."""
         time = condition.get(LANDING, t)[:, None]
         mismatch = (time.clamp(self.low, self.low if LANDING in condition else self.high) - time).abs()  # (B, segments)
         if STEPS in condition:
@@ -146,7 +153,7 @@ class PolynomialCritic(nn.Module):
         low, top = self.bottom[segment], self.top[segment]
         powers = chebyshev((2 * t - low - top) / (top - low), self.terms).to(x.dtype)  # (B, terms)
         features = (powers[:, :, None] * x[:, None]).flatten(1)  # (B, terms d)
-        return _tabled(features, segment, len(self.low)) @ self.weight
+        return _tabled(features, segment, len(self.low))
 
     def _interpolated(self, teacher: MixtureTeacher) -> Tensor:
         """The coefficients (segments terms d, d) that equal the teacher at the Chebyshev nodes of every segment."""
@@ -274,39 +281,72 @@ def distil(
         real: clean samples, without conditions, for methods that need them.
         pairs: noise and the teacher's samples, likewise.
     """
+    critics = [{"params": list(critic.parameters()), "lr": critic_rate}]
+    if discriminator is not None:
+        critics.append({"params": list(discriminator.parameters()), "lr": discriminator_rate})
+    alternate(
+        method,
+        ToyRoles(teacher, student, critic, discriminator),
+        {"params": list(student.parameters()), "lr": student_rate},
+        critics,
+        dimensions=teacher.dimensions,
+        dtype=teacher.means.dtype,
+        iterations=iterations,
+        batch=batch,
+        seed=seed,
+        condition=condition,
+        average=average,
+        real=real,
+        pairs=pairs,
+    )
+
+
+def alternate(
+    method: Method,
+    roles: Roles,
+    student: Group,
+    critics: list[Group],
+    *,
+    dimensions: int,
+    dtype: torch.dtype = torch.float32,
+    iterations: int,
+    batch: int,
+    seed: int = 0,
+    condition: Callable[[torch.Generator], Condition] | None = None,
+    average: float = 0.98,
+    real: RealSamples | None = None,
+    pairs: PairSamples | None = None,
+) -> None:
+    """`distil` for any roles: what is trained of them are the `student` and the `critics`, each with its peak rate."""
     generator = torch.Generator().manual_seed(seed)
     draw = BulkDraw(batch, generator)
-    roles = ToyRoles(teacher, student, critic, discriminator)
-    groups = [{"params": list(critic.parameters()), "lr": critic_rate}]
-    if discriminator is not None:
-        groups.append({"params": list(discriminator.parameters()), "lr": discriminator_rate})
-    critic_adam = torch.optim.Adam(groups, betas=(0.0, 0.999))
-    student_adam = torch.optim.Adam(student.parameters(), student_rate, betas=(0.0, 0.999))
-    peaks = {id(group): group["lr"] for adam in (critic_adam, student_adam) for group in adam.param_groups}
+    peaks = [float(group["lr"]) for group in (student, *critics)]
+    student_adam = torch.optim.Adam([student], betas=(0.0, 0.999))
+    critic_adam = torch.optim.Adam(critics, betas=(0.0, 0.999))
 
     def path() -> Path:
         told = condition(generator) if condition else {}
         clean: tuple[Tensor, Condition] | None = (real(batch, generator), {}) if real else None
         made: tuple[Tensor, Tensor, Condition] | None = (*pairs(batch, generator), {}) if pairs else None
-        shape, dtype = (teacher.dimensions,), teacher.means.dtype
-        return method.rollout(Batch(told, torch.arange(batch), shape, dtype, clean, made), roles, draw)
+        return method.rollout(Batch(told, torch.arange(batch), (dimensions,), dtype, clean, made), roles, draw)
 
-    def update(optimiser: torch.optim.Adam, fade: float, loss: Loss) -> None:
-        for group in optimiser.param_groups:
-            group["lr"] = fade * peaks[id(group)]
+    def update(optimiser: torch.optim.Adam, loss: Loss) -> None:
         optimiser.zero_grad()
         loss.values.mean().backward(inputs=[p for group in optimiser.param_groups for p in group["params"]])
         optimiser.step()
 
-    mean = [parameter.detach().clone() for parameter in student.parameters()]
+    trained: list[nn.Parameter] = student["params"]
+    mean = [parameter.detach().clone() for parameter in trained]
     for iteration in range(iterations):
         fade = 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+        for group, peak in zip((*student_adam.param_groups, *critic_adam.param_groups), peaks, strict=True):
+            group["lr"] = fade * peak
         walked = path()
         for _ in range(method.critic_updates):
-            update(critic_adam, fade, method.critic_loss(walked, roles, draw))
-        update(student_adam, fade, method.student_loss(walked, roles, draw))
-        for running, parameter in zip(mean, student.parameters(), strict=True):
+            update(critic_adam, method.critic_loss(walked, roles, draw))
+        update(student_adam, method.student_loss(walked, roles, draw))
+        for running, parameter in zip(mean, trained, strict=True):
             running.lerp_(parameter.detach(), 1 - average)
     with torch.no_grad():
-        for running, parameter in zip(mean, student.parameters(), strict=True):
+        for running, parameter in zip(mean, trained, strict=True):
             parameter.copy_(running)
