@@ -14,7 +14,7 @@ import torch
 
 from fewstep.api import EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
 from fewstep.commands.common import choose_device, parse
-from fewstep.data.prompts import read_prompts
+from fewstep.data.sources import read_prompts
 
 
 @dataclass(kw_only=True)
@@ -25,8 +25,9 @@ class RunOptions:
     """`emoji` (embedded), a diffusers pipeline folder, or a Hub id."""
     out: Path = Path("runs/student")
     """Run folder: log, checkpoints, student. Refused if it holds another run."""
-    prompts: Path | None = None
-    """Text file with one prompt a line. The embedded teacher has captions of its own."""
+    prompts: str | None = None
+    """PATH or PATH:COLUMN of a text, .jsonl, .csv, .parquet or .tar file, or of a folder of them (docs/prompts.md). The
+    embedded teacher has captions of its own."""
     resume: bool = False
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"

@@ -10,7 +10,7 @@ import torch
 from fewstep.api import RoleOptions, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.commands.distill import RunOptions
-from fewstep.data.prompts import read_prompts
+from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.methods.matching_options import MatchingOptions
