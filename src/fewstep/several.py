@@ -31,6 +31,7 @@ from fewstep.api import (
     load_teacher,
     with_moments,
 )
+from fewstep.conditions import Encoding, TextOptions
 from fewstep.data.prompts import PromptData
 from fewstep.data.real import RealScenes
 from fewstep.errors import FewstepError
@@ -60,10 +61,11 @@ def distill_phases(
     options: PhasedOptions | None = None,
     *,
     out: str | Path,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | str | Path | None = None,
     real: RealData | None = None,
     roles: RoleOptions | None = None,
     train_options: TrainOptions | None = None,
+    text: TextOptions | None = None,
     hooks: Hooks | None = None,
     resume: bool = False,
 ) -> Student:
@@ -94,12 +96,14 @@ def distill_phases(
 
         return Turn(folder.name, own.build(), seats, train_options, hooks=looks)
 
-    configuration = _configuration(backbone, roles, texts)
+    encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks))
+    configuration = {**_configuration(backbone, roles, texts), **encoding.lossy}
     turns = [turn(phase) for phase in range(1, len(options.phase_calls) + 1)]
-    data = PromptData(backbone.encode, texts, train_options.seed)
-    result, seats = train_in_turn(
-        turns, data, out, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
-    )
+    with process_group(backbone.device) as group, encoding.ready(group):
+        data = PromptData(backbone.encode, texts, train_options.seed)
+        result, seats = train_in_turn(
+            turns, data, out, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
+        )
     with result.ema.applied():
         return _saved(seats, options, Path(out), {"iterations": result.iteration, **configuration})
 
@@ -115,10 +119,11 @@ def distill_part(
     tsm: TSMOptions | None = None,
     depth: float = 1.0,
     width: float = 1.0,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | str | Path | None = None,
     real: RealData | None = None,
     roles: RoleOptions | None = None,
     train_options: TrainOptions | Mapping[str, TrainOptions] | None = None,
+    text: TextOptions | None = None,
     resume: bool = False,
 ) -> Student:
     """Train the student of one part of the prompts and save it in `out`/part-<part>/student; returns it loaded.
@@ -140,6 +145,7 @@ def distill_part(
         real: clean data *of this part* for the discriminator; for the embedded teacher its own scenes unless told.
         roles: how networks share weights; a smaller student is trained in full, whatever they say.
         train_options: of every stage, or of each by its name, "tsm", "dm" or "adm".
+        text: how prompts are encoded while it trains, as for `fewstep.distill`; the router encodes all of them before.
         resume: go on in the stage that was reached.
 
     Raises:
@@ -193,11 +199,14 @@ def distill_part(
         return Turn(name, options.build(), seats, settings[name], stage.keeps_critic, hooks)
 
     turns = [turn(stage) for stage in stages]
+    encoding = Encoding.of(backbone, text, out, own, real, own=False)
     configuration = {**_configuration(backbone, roles, own), "part": part, "parts": router.parts, **shape}
-    data = PromptData(backbone.encode, own, first.seed)
-    result, made = train_in_turn(
-        turns, data, home, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
-    )
+    configuration |= encoding.lossy
+    with process_group(backbone.device) as group, encoding.ready(group):
+        data = PromptData(backbone.encode, own, first.seed)
+        result, made = train_in_turn(
+            turns, data, home, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
+        )
     with result.ema.applied():
         return _saved(made, stages[-1].options, home, {"iterations": result.iteration, **configuration})
 
@@ -222,8 +231,8 @@ class ScenesOfPart(RealScenes):
 
 
 def _begin(
-    teacher: Teacher | str | Path, options: Options, prompts: Sequence[str] | None
-) -> tuple[Backbone, list[str]]:
+    teacher: Teacher | str | Path, options: Options, prompts: Sequence[str] | str | Path | None
+) -> tuple[Backbone, Sequence[str]]:
     """Backbone and prompts; refuses a student that no pipeline could sample."""
     backbone = (teacher if isinstance(teacher, Teacher) else load_teacher(teacher)).backbone
     choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)

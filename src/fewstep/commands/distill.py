@@ -14,6 +14,7 @@ import torch
 
 from fewstep.api import EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
 from fewstep.commands.common import choose_device, parse
+from fewstep.conditions import TextOptions
 from fewstep.data.sources import read_prompts
 
 
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> None:
     parts: dict[str, Any] = {
         "run": RunOptions(),
         "size": SizeOptions(),
+        "text": TextOptions(),
         "roles": roles,
         "train": train,
         "method": options,
@@ -65,7 +67,7 @@ def main(arguments: list[str]) -> None:
     kind.__doc__ = f"Distil a teacher into a few-step student by {method} ({options.build().paper})."
     args = parse(kind, f"distill {method}", arguments)
     run = args.run
-    prompts = read_prompts(run.prompts) if run.prompts else None
+    prompts = None if run.prompts is None else read_prompts(run.prompts)
     teacher = load_teacher(
         run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **asdict(args.size)
     )
@@ -76,6 +78,7 @@ def main(arguments: list[str]) -> None:
         prompts=prompts,
         roles=args.roles,
         train_options=args.train,
+        text=args.text,
         resume=run.resume,
     )
     if os.environ.get("RANK", "0") == "0":
