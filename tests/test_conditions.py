@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.models import Backbone
 from fewstep.models.pipelines import MASK
-from fewstep.models.text_encoders import text_encoders
+from fewstep.models.text_encoders import offload, text_encoders
 from fewstep.several import distill_part
 from fewstep.training.log import read_log
 from fewstep.training.loop import Hooks
@@ -297,3 +300,60 @@ def test_prompts_of_a_file_are_cached_ahead(tiny_teacher: Path, tmp_path: Path) 
     times = {path: path.stat().st_mtime_ns for path in folder.glob("0*")}
     fewstep.distill(tiny_teacher, "tdm", out=tmp_path / "run", prompts=PROMPTS, train_options=QUICK)
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/0*")}
+
+
+class Together(Group):
+    """Two threads in the place of two processes."""
+
+    barrier = threading.Barrier(2, timeout=60)
+    said: list[int]
+
+    def wait(self) -> None:
+        self.barrier.wait()
+
+    def largest(self, value: int, device: Any) -> int:
+        if value:
+            type(self).said = [value]
+        self.wait()
+        return self.said[0]
+
+
+def test_two_processes_share_the_shards(
+    tiny_teacher: Path, tmp_path: Path, small_shards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each makes its own, none is made twice, and the second knows the key from the first."""
+    backbones = [fewstep.load_teacher(tiny_teacher).backbone for _ in range(2)]
+    write, written = cache.write_tensors, []
+
+    def counted(folder: Path, name: str, tensors: Any) -> Path:
+        written.append((threading.get_ident(), name))
+        return write(folder, name, tensors)
+
+    monkeypatch.setattr(cache, "write_tensors", counted)
+    with ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(build, backbones[n], tmp_path, MANY, group=Together(n, 2)) for n in range(2)]
+        first, second = (one.result() for one in work)
+    by_thread = {}
+    for thread, name in written:
+        by_thread.setdefault(thread, []).append(name)
+    assert sorted(map(tuple, by_thread.values())) == [("000001",), (cache.NULL, "000000", "000002")]
+    assert first.folder == second.folder
+    torch.testing.assert_close(first.encode(MANY), second.encode(MANY), rtol=0, atol=0)
+
+
+def test_offloaded_encoders_visit_the_device_for_each_batch() -> None:
+    moves: list[str] = []
+
+    class Recorder(torch.nn.Linear):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            moves.append(str(device))
+            return self
+
+    encoder = Recorder(2, 2)
+    pipeline = SimpleNamespace(components={"text_encoder": encoder, "vae": Recorder(2, 2), "tokenizer": None})
+    backbone: Any = SimpleNamespace(pipeline=pipeline, device=torch.device("cuda:0"))
+    offload(backbone)
+    offload(backbone)
+    encoder(torch.zeros(1, 2))
+    assert moves == ["cpu", "cpu", "cuda:0", "cpu"]
+    assert encoder._hf_hook.execution_device == torch.device("cuda:0")  # where diffusers' pipelines look

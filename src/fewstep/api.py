@@ -21,12 +21,14 @@ from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
 from fewstep.losses.moments import element_moments
 from fewstep.methods import METHODS, DecoupledOptions, Options, PhasedOptions, preset
+from fewstep.methods.base import Needs
 from fewstep.models.backbone import Backbone
 from fewstep.models.export import save_student
 from fewstep.models.loading import adapter_of, load_backbone
 from fewstep.models.recipes import Setting, applied
 from fewstep.models.roles import Roles, build_roles
 from fewstep.models.schedulers import choose_scheduler
+from fewstep.models.sizes import SizeList
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
 from fewstep.training.folder import refuse_run
@@ -143,6 +145,7 @@ def distill(
     roles: RoleOptions | None = None,
     train_options: TrainOptions | None = None,
     text: TextOptions | None = None,
+    sizes: Sequence[str] = (),
     hooks: Hooks | None = None,
     resume: bool = False,
 ) -> Student:
@@ -164,6 +167,9 @@ def distill(
         text: how prompts are encoded: unless told, once, to a cache beside `out`, and the text encoders are out of
             memory during training (for the embedded teacher they stay; see `TextOptions`). They are loaded again
             afterwards, and then wait on the CPU while they are not used.
+        sizes: several sizes to train on, such as ["1024x1024", "832x1216"] (width x height, of videos x frames); each
+            iteration has one of them, and the student is saved at the first (docs/prompts.md). Not for methods with
+            real data or pairs. The teacher's size unless told.
         hooks: what to call during the run; unless told, sample grids in `out`/samples and, for the embedded teacher,
             the judge's scores, as often as `train_options` says.
         resume: continue the run in `out`.
@@ -182,7 +188,7 @@ def distill(
 
         return distill_phases(
             teacher, options, out=out, prompts=prompts, real=real, roles=roles, train_options=train_options,
-            text=text, hooks=hooks, resume=resume,
+            text=text, sizes=sizes, hooks=hooks, resume=resume,
         )  # fmt: skip
     recipe = options.build()
     needs = recipe.needs
@@ -190,6 +196,7 @@ def distill(
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
     backbone = teacher.backbone
     texts = _training_prompts(backbone.source, prompts)
+    listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
         real = _own_scenes(backbone, recipe.name, train_options.seed)
     encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks or pairs))
@@ -220,10 +227,13 @@ def distill(
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts), **encoding.lossy}
     if backbone.told_size:
         configuration["size"] = backbone.told_size
+    if listed is not None:
+        configuration["sizes"] = list(sizes)
+        hooks = at_first_size(listed, hooks)
     folder = Path(out) / STUDENT_FOLDER
-    if not resume:
-        refuse_run(Path(out))  # rather than after all prompts are encoded
     with process_group(backbone.device) as group:
+        if group.leads and not resume:
+            refuse_run(Path(out))  # rather than after all prompts are encoded
         with encoding.ready(group):
             result = train(
                 recipe,
@@ -232,17 +242,44 @@ def distill(
                 train_options,
                 out,
                 hooks,
-                noise_shape=backbone.latent_shape,
+                noise_shape=listed or backbone.latent_shape,
                 real=real,
                 pairs=pairs,
                 configuration=configuration,
                 resume=resume,
             )
+        if listed is not None:
+            listed.first()
         if group.leads:
             with result.ema.applied():
                 export(seats, options, folder, {"iterations": result.iteration, **configuration})
         group.wait()  # the others load what the first has written
     return load_student(folder)
+
+
+def size_list(backbone: Backbone, sizes: Sequence[str], needs: Needs, seed: int) -> SizeList | None:
+    """The sizes that a run is told, the backbone at the first of them; None where it is told none.
+
+    Raises:
+        FewstepError: several for a method whose real data or pairs have one size, or one that cannot be made.
+    """
+    if len(sizes) > 1 and (needs.real_data or needs.pairs):
+        what = "real data" if needs.real_data else "pairs"
+        raise FewstepError(
+            f"found the sizes {list(sizes)} for a method with {what}, expected one, as all of these have one size, "
+            "fix: name one size, or choose a method without a discriminator and regression (such as tdm)"
+        )
+    return SizeList(backbone, sizes, seed) if sizes else None
+
+
+def at_first_size(listed: SizeList, hooks: Hooks) -> Hooks:
+    """Hooks that draw, score and save at the first size."""
+    return replace(
+        hooks,
+        sample=listed.at_first(hooks.sample),
+        evaluate=listed.at_first(hooks.evaluate),
+        save=listed.at_first(hooks.save),
+    )
 
 
 def cache_prompts(

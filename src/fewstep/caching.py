@@ -66,7 +66,7 @@ def make_cache(
     condition = backbone.null_condition()
     tensors = {name: (tuple(value.shape[1:]), value.dtype) for name, value in condition.items()}
     row_bytes = sum(value[0].numel() * dtype.itemsize for value in condition.values())
-    rows = max(1, min(_MOST_ROWS, _SHARD_BYTES // row_bytes))
+    rows = max(1, min(_MOST_ROWS, _SHARD_BYTES // max(row_bytes, 1)))
     identity = {**_encoder(backbone), "dtype": str(dtype), "format": FORMAT, "rows": rows} if group.leads else {}
     folder = parent / _key(identity, hashes, group, backbone.device)
     count = -(-len(hashes) // rows)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from fewstep.api import (
     _hooks,
     _own_scenes,
     _training_prompts,
+    at_first_size,
     export,
     load_teacher,
+    size_list,
     with_moments,
 )
 from fewstep.conditions import Encoding, TextOptions
@@ -50,6 +53,7 @@ from fewstep.models.schedulers import choose_scheduler
 from fewstep.models.smaller import build_smaller_roles, smaller_network
 from fewstep.models.student import ROUTER, Student, load_student
 from fewstep.models.teacher import Teacher
+from fewstep.training.folder import refuse_run
 from fewstep.training.loop import Hooks, RealData
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import process_group
@@ -66,6 +70,7 @@ def distill_phases(
     roles: RoleOptions | None = None,
     train_options: TrainOptions | None = None,
     text: TextOptions | None = None,
+    sizes: Sequence[str] = (),
     hooks: Hooks | None = None,
     resume: bool = False,
 ) -> Student:
@@ -81,6 +86,7 @@ def distill_phases(
     refuse_others(backbone.network)
     switches = switch_times(options.time_grid(options.steps), options.ends)
     needs = options.build().needs
+    listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
         real = _own_scenes(backbone, "phased", train_options.seed)
 
@@ -92,18 +98,26 @@ def distill_phases(
             return build_expert_roles(backbone, roles.roles, switches, before, **more)
 
         def looks(made: Any) -> Hooks:
-            return hooks or _hooks(made, own, texts, folder, train_options.evaluate_every > 0)
+            all_hooks = hooks or _hooks(made, own, texts, folder, train_options.evaluate_every > 0)
+            return all_hooks if listed is None else at_first_size(listed, all_hooks)
 
         return Turn(folder.name, own.build(), seats, train_options, hooks=looks)
 
     encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks))
     configuration = {**_configuration(backbone, roles, texts), **encoding.lossy}
+    configuration |= {"sizes": list(sizes)} if sizes else {}
     turns = [turn(phase) for phase in range(1, len(options.phase_calls) + 1)]
-    with process_group(backbone.device) as group, encoding.ready(group):
+    with process_group(backbone.device) as group, ExitStack() as stack:
+        if group.leads and not resume:
+            refuse_run(Path(out) / turns[0].name)  # rather than after all prompts are encoded
+        stack.enter_context(encoding.ready(group))
         data = PromptData(backbone.encode, texts, train_options.seed)
+        shape = listed or backbone.latent_shape
         result, seats = train_in_turn(
-            turns, data, out, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
+            turns, data, out, noise_shape=shape, real=real, configuration=configuration, resume=resume
         )
+    if listed is not None:
+        listed.first()
     with result.ema.applied():
         return _saved(seats, options, Path(out), {"iterations": result.iteration, **configuration})
 
@@ -202,7 +216,10 @@ def distill_part(
     encoding = Encoding.of(backbone, text, out, own, real, own=False)
     configuration = {**_configuration(backbone, roles, own), "part": part, "parts": router.parts, **shape}
     configuration |= encoding.lossy
-    with process_group(backbone.device) as group, encoding.ready(group):
+    with process_group(backbone.device) as group, ExitStack() as stack:
+        if group.leads and not resume:
+            refuse_run(home / turns[0].name)  # rather than after all prompts are encoded
+        stack.enter_context(encoding.ready(group))
         data = PromptData(backbone.encode, own, first.seed)
         result, made = train_in_turn(
             turns, data, home, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume

@@ -16,6 +16,7 @@ from fewstep.api import EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.conditions import TextOptions
 from fewstep.data.sources import read_prompts
+from fewstep.errors import FewstepError
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,9 @@ class SizeOptions:
     """Likewise."""
     num_frames: int | None = None
     """Frames of videos, likewise."""
+    sizes: tuple[str, ...] = ()
+    """Several sizes in the place of these, WIDTHxHEIGHT in pixels (of videos xFRAMES), such as 1024x1024 832x1216: each
+    iteration has one of them, and the student is saved at the first."""
 
 
 def main(arguments: list[str]) -> None:
@@ -68,9 +72,11 @@ def main(arguments: list[str]) -> None:
     args = parse(kind, f"distill {method}", arguments)
     run = args.run
     prompts = None if run.prompts is None else read_prompts(run.prompts)
-    teacher = load_teacher(
-        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **asdict(args.size)
-    )
+    size = asdict(args.size)
+    sizes = size.pop("sizes")
+    if sizes and any(size.values()):
+        raise FewstepError(f"found --sizes {sizes} and {size}, expected one or the other, fix: leave one out")
+    teacher = load_teacher(run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **size)
     distill(
         teacher,
         args.method,
@@ -79,6 +85,7 @@ def main(arguments: list[str]) -> None:
         roles=args.roles,
         train_options=args.train,
         text=args.text,
+        sizes=sizes,
         resume=run.resume,
     )
     if os.environ.get("RANK", "0") == "0":
