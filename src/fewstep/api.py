@@ -10,22 +10,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fewstep.caching import make_cache
+from fewstep.conditions import CACHE_FOLDER, Encoding, TextOptions
 from fewstep.core.tensors import Condition
 from fewstep.data.pairs import TeacherPairs
 from fewstep.data.prompts import PromptData, training_captions
 from fewstep.data.real import RealScenes
+from fewstep.data.sources import Prompts, read_prompts
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
 from fewstep.losses.moments import element_moments
 from fewstep.methods import METHODS, DecoupledOptions, Options, PhasedOptions, preset
+from fewstep.methods.base import Needs
 from fewstep.models.backbone import Backbone
 from fewstep.models.export import save_student
 from fewstep.models.loading import adapter_of, load_backbone
 from fewstep.models.recipes import Setting, applied
 from fewstep.models.roles import Roles, build_roles
 from fewstep.models.schedulers import choose_scheduler
+from fewstep.models.sizes import SizeList
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
+from fewstep.training.folder import refuse_run
 from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import process_group
@@ -39,6 +45,8 @@ _MEASURED = 64
 __all__ = [
     "EMOJI",
     "RoleOptions",
+    "TextOptions",
+    "cache_prompts",
     "defaults",
     "distill",
     "evaluate",
@@ -131,11 +139,13 @@ def distill(
     method: str | Options = "tdm",
     *,
     out: str | Path,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | str | Path | None = None,
     real: RealData | None = None,
     pairs: PairData | None = None,
     roles: RoleOptions | None = None,
     train_options: TrainOptions | None = None,
+    text: TextOptions | None = None,
+    sizes: Sequence[str] = (),
     hooks: Hooks | None = None,
     resume: bool = False,
 ) -> Student:
@@ -146,13 +156,20 @@ def distill(
         method: a name of `fewstep methods`, then with the recipe of the teacher's family (`defaults`), or its options
             with some replaced (`dataclasses.replace(preset("tdm"), steps=2)`).
         out: run folder: log, checkpoints, student. Refused if it holds another run.
-        prompts: texts to train on; for the embedded teacher its own captions unless told.
+        prompts: texts to train on, or what `fewstep.data.sources.read_prompts` reads; for the embedded teacher its own
+            captions unless told.
         real: clean data for methods with a discriminator, such as `fewstep.data.real.RealImages`; for the embedded
             teacher its own scenes unless told.
         pairs: noise with the teacher's samples, for methods that regress to them; 1024 of
             `fewstep.data.pairs.TeacherPairs` unless told.
         roles: how networks share weights; as the family's recipe unless told.
         train_options: iterations, rates, batch and the like; as the family's recipe unless told.
+        text: how prompts are encoded: unless told, once, to a cache beside `out`, and the text encoders are out of
+            memory during training (for the embedded teacher they stay; see `TextOptions`). They are loaded again
+            afterwards, and then wait on the CPU while they are not used.
+        sizes: several sizes to train on, such as ["1024x1024", "832x1216"] (width x height, of videos x frames); each
+            iteration has one of them, and the student is saved at the first (docs/prompts.md). Not for methods with
+            real data or pairs. The teacher's size unless told.
         hooks: what to call during the run; unless told, sample grids in `out`/samples and, for the embedded teacher,
             the judge's scores, as often as `train_options` says.
         resume: continue the run in `out`.
@@ -171,7 +188,7 @@ def distill(
 
         return distill_phases(
             teacher, options, out=out, prompts=prompts, real=real, roles=roles, train_options=train_options,
-            hooks=hooks, resume=resume,
+            text=text, sizes=sizes, hooks=hooks, resume=resume,
         )  # fmt: skip
     recipe = options.build()
     needs = recipe.needs
@@ -179,8 +196,10 @@ def distill(
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
     backbone = teacher.backbone
     texts = _training_prompts(backbone.source, prompts)
+    listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
         real = _own_scenes(backbone, recipe.name, train_options.seed)
+    encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks or pairs))
     if needs.pairs and pairs is None:
         pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
     features = needs.features if roles.discriminator == "method" else roles.discriminator
@@ -205,29 +224,81 @@ def distill(
     kept = {name: value for name, value in asdict(roles).items() if name not in ("checkpointing", "discriminator")}
     if needs.discriminator:
         kept["discriminator"] = features
-    configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
+    configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts), **encoding.lossy}
     if backbone.told_size:
         configuration["size"] = backbone.told_size
+    if listed is not None:
+        configuration["sizes"] = list(sizes)
+        hooks = at_first_size(listed, hooks)
     folder = Path(out) / STUDENT_FOLDER
     with process_group(backbone.device) as group:
-        result = train(
-            recipe,
-            seats,
-            PromptData(backbone.encode, texts, train_options.seed),
-            train_options,
-            out,
-            hooks,
-            noise_shape=backbone.latent_shape,
-            real=real,
-            pairs=pairs,
-            configuration=configuration,
-            resume=resume,
-        )
+        if group.leads and not resume:
+            refuse_run(Path(out))  # rather than after all prompts are encoded
+        with encoding.ready(group):
+            result = train(
+                recipe,
+                seats,
+                PromptData(backbone.encode, texts, train_options.seed),
+                train_options,
+                out,
+                hooks,
+                noise_shape=listed or backbone.latent_shape,
+                real=real,
+                pairs=pairs,
+                configuration=configuration,
+                resume=resume,
+            )
+        if listed is not None:
+            listed.first()
         if group.leads:
             with result.ema.applied():
                 export(seats, options, folder, {"iterations": result.iteration, **configuration})
         group.wait()  # the others load what the first has written
     return load_student(folder)
+
+
+def size_list(backbone: Backbone, sizes: Sequence[str], needs: Needs, seed: int) -> SizeList | None:
+    """The sizes that a run is told, the backbone at the first of them; None where it is told none.
+
+    Raises:
+        FewstepError: several for a method whose real data or pairs have one size, or one that cannot be made.
+    """
+    if len(sizes) > 1 and (needs.real_data or needs.pairs):
+        what = "real data" if needs.real_data else "pairs"
+        raise FewstepError(
+            f"found the sizes {list(sizes)} for a method with {what}, expected one, as all of these have one size, "
+            "fix: name one size, or choose a method without a discriminator and regression (such as tdm)"
+        )
+    return SizeList(backbone, sizes, seed) if sizes else None
+
+
+def at_first_size(listed: SizeList, hooks: Hooks) -> Hooks:
+    """Hooks that draw, score and save at the first size."""
+    return replace(
+        hooks,
+        sample=listed.at_first(hooks.sample),
+        evaluate=listed.at_first(hooks.evaluate),
+        save=listed.at_first(hooks.save),
+    )
+
+
+def cache_prompts(
+    teacher: Teacher | str | Path,
+    prompts: Sequence[str] | str | Path | None = None,
+    cache: str | Path = CACHE_FOLDER,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+) -> Path:
+    """Encode prompts to the cache that `distill` of this teacher and these prompts then finds; returns its folder.
+
+    Arguments are those of `distill` and of `TextOptions`; under torchrun the processes share the work.
+    """
+    teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
+    backbone = teacher.backbone
+    texts = _training_prompts(backbone.source, prompts)
+    told = TextOptions(text_encoder="cache", cache=Path(cache), cache_dtype=dtype)
+    encoding = Encoding.of(backbone, told, Path(cache), texts, None, own=False)
+    with process_group(backbone.device) as group:
+        return make_cache(backbone, encoding.texts, encoding.folder, encoding.dtype, group).folder
 
 
 def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]) -> Path:
@@ -328,7 +399,7 @@ def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path, want
     student = LiveStudent(seats, options)
     embedded = Path(student.backbone.source) == shipped(TEACHER_FOLDER)
     shown = 4 if len(student.backbone.latent_shape) == 4 else 16  # of videos a few
-    prompts = default_prompts(shown) if embedded else list(texts[:shown])
+    prompts = default_prompts(shown) if embedded else list(texts[:shown])  # `conditions` knows them
 
     def draw(iteration: int) -> None:
         for count in student.grids:
@@ -347,7 +418,11 @@ def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path, want
     return Hooks(sample=draw, evaluate=score if embedded and wants_scores else None)
 
 
-def _training_prompts(source: str, prompts: Sequence[str] | None) -> list[str]:
+def _training_prompts(source: str, prompts: Sequence[str] | str | Path | None) -> Sequence[str]:
+    if isinstance(prompts, str | Path):
+        return read_prompts(prompts)
+    if isinstance(prompts, Prompts):  # checked as they were read, and perhaps too many for a list
+        return prompts
     if prompts is not None:
         texts = [text.strip() for text in prompts]
         if not texts or not all(texts):
@@ -385,4 +460,7 @@ def _fingerprint(texts: Sequence[str]) -> dict[str, Any]:
     """Enough of the prompts to notice on resume that they changed."""
     from hashlib import blake2b
 
-    return {"count": len(texts), "hash": blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()}
+    hashed = blake2b(digest_size=8)
+    for place, text in enumerate(texts):
+        hashed.update(f"\n{text}".encode() if place else text.encode())
+    return {"count": len(texts), "hash": hashed.hexdigest()}

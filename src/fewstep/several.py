@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from fewstep.api import (
     _hooks,
     _own_scenes,
     _training_prompts,
+    at_first_size,
     export,
     load_teacher,
+    size_list,
     with_moments,
 )
+from fewstep.conditions import Encoding, TextOptions
 from fewstep.data.prompts import PromptData
 from fewstep.data.real import RealScenes
 from fewstep.errors import FewstepError
@@ -49,6 +53,7 @@ from fewstep.models.schedulers import choose_scheduler
 from fewstep.models.smaller import build_smaller_roles, smaller_network
 from fewstep.models.student import ROUTER, Student, load_student
 from fewstep.models.teacher import Teacher
+from fewstep.training.folder import refuse_run
 from fewstep.training.loop import Hooks, RealData
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import process_group
@@ -60,10 +65,12 @@ def distill_phases(
     options: PhasedOptions | None = None,
     *,
     out: str | Path,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | str | Path | None = None,
     real: RealData | None = None,
     roles: RoleOptions | None = None,
     train_options: TrainOptions | None = None,
+    text: TextOptions | None = None,
+    sizes: Sequence[str] = (),
     hooks: Hooks | None = None,
     resume: bool = False,
 ) -> Student:
@@ -79,6 +86,7 @@ def distill_phases(
     refuse_others(backbone.network)
     switches = switch_times(options.time_grid(options.steps), options.ends)
     needs = options.build().needs
+    listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
         real = _own_scenes(backbone, "phased", train_options.seed)
 
@@ -90,16 +98,26 @@ def distill_phases(
             return build_expert_roles(backbone, roles.roles, switches, before, **more)
 
         def looks(made: Any) -> Hooks:
-            return hooks or _hooks(made, own, texts, folder, train_options.evaluate_every > 0)
+            all_hooks = hooks or _hooks(made, own, texts, folder, train_options.evaluate_every > 0)
+            return all_hooks if listed is None else at_first_size(listed, all_hooks)
 
         return Turn(folder.name, own.build(), seats, train_options, hooks=looks)
 
-    configuration = _configuration(backbone, roles, texts)
+    encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks))
+    configuration = {**_configuration(backbone, roles, texts), **encoding.lossy}
+    configuration |= {"sizes": list(sizes)} if sizes else {}
     turns = [turn(phase) for phase in range(1, len(options.phase_calls) + 1)]
-    data = PromptData(backbone.encode, texts, train_options.seed)
-    result, seats = train_in_turn(
-        turns, data, out, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
-    )
+    with process_group(backbone.device) as group, ExitStack() as stack:
+        if group.leads and not resume:
+            refuse_run(Path(out) / turns[0].name)  # rather than after all prompts are encoded
+        stack.enter_context(encoding.ready(group))
+        data = PromptData(backbone.encode, texts, train_options.seed)
+        shape = listed or backbone.latent_shape
+        result, seats = train_in_turn(
+            turns, data, out, noise_shape=shape, real=real, configuration=configuration, resume=resume
+        )
+    if listed is not None:
+        listed.first()
     with result.ema.applied():
         return _saved(seats, options, Path(out), {"iterations": result.iteration, **configuration})
 
@@ -115,10 +133,11 @@ def distill_part(
     tsm: TSMOptions | None = None,
     depth: float = 1.0,
     width: float = 1.0,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | str | Path | None = None,
     real: RealData | None = None,
     roles: RoleOptions | None = None,
     train_options: TrainOptions | Mapping[str, TrainOptions] | None = None,
+    text: TextOptions | None = None,
     resume: bool = False,
 ) -> Student:
     """Train the student of one part of the prompts and save it in `out`/part-<part>/student; returns it loaded.
@@ -140,6 +159,7 @@ def distill_part(
         real: clean data *of this part* for the discriminator; for the embedded teacher its own scenes unless told.
         roles: how networks share weights; a smaller student is trained in full, whatever they say.
         train_options: of every stage, or of each by its name, "tsm", "dm" or "adm".
+        text: how prompts are encoded while it trains, as for `fewstep.distill`; the router encodes all of them before.
         resume: go on in the stage that was reached.
 
     Raises:
@@ -193,11 +213,17 @@ def distill_part(
         return Turn(name, options.build(), seats, settings[name], stage.keeps_critic, hooks)
 
     turns = [turn(stage) for stage in stages]
+    encoding = Encoding.of(backbone, text, out, own, real, own=False)
     configuration = {**_configuration(backbone, roles, own), "part": part, "parts": router.parts, **shape}
-    data = PromptData(backbone.encode, own, first.seed)
-    result, made = train_in_turn(
-        turns, data, home, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
-    )
+    configuration |= encoding.lossy
+    with process_group(backbone.device) as group, ExitStack() as stack:
+        if group.leads and not resume:
+            refuse_run(home / turns[0].name)  # rather than after all prompts are encoded
+        stack.enter_context(encoding.ready(group))
+        data = PromptData(backbone.encode, own, first.seed)
+        result, made = train_in_turn(
+            turns, data, home, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
+        )
     with result.ema.applied():
         return _saved(made, stages[-1].options, home, {"iterations": result.iteration, **configuration})
 
@@ -222,8 +248,8 @@ class ScenesOfPart(RealScenes):
 
 
 def _begin(
-    teacher: Teacher | str | Path, options: Options, prompts: Sequence[str] | None
-) -> tuple[Backbone, list[str]]:
+    teacher: Teacher | str | Path, options: Options, prompts: Sequence[str] | str | Path | None
+) -> tuple[Backbone, Sequence[str]]:
     """Backbone and prompts; refuses a student that no pipeline could sample."""
     backbone = (teacher if isinstance(teacher, Teacher) else load_teacher(teacher)).backbone
     choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)

@@ -1,60 +1,13 @@
-"""Prompts files are read or refused with the line; the prompt of a sample depends on its number only."""
+"""The prompt of a sample depends on its number only. Files: `test_sources.py`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
-import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from fewstep.data.prompts import PromptData, read_prompts, training_captions
+from fewstep.data.prompts import PromptData, training_captions
 from fewstep.data.scenes import held_out
-from fewstep.errors import FewstepError
-
-
-def test_reads_one_prompt_a_line_and_skips_empty_ones(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffa frog\r\n\n  ein Apfel, grün \n".encode())
-    assert read_prompts(file) == ["a frog", "ein Apfel, grün"]
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"", "no prompt"),
-        (b"\n \n", "no prompt"),
-        (b"fine\n\xff\xfe\x00", "line 2"),
-        (b"fine\nfine\na\x00b", "line 3"),
-        (b"x" * 5000, "line 1"),
-    ],
-)
-def test_bad_files_are_refused_with_the_line(tmp_path: Path, content: bytes, expected: str) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_bytes(content)
-    with pytest.raises(FewstepError, match=expected):
-        read_prompts(file)
-
-
-def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(FewstepError, match="no readable prompts file"):
-            read_prompts(path)
-
-
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(content=st.binary(max_size=300))
-def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_bytes(content)
-    try:
-        prompts = read_prompts(file)
-    except FewstepError:
-        return
-    assert prompts
-    assert all(prompt.strip() for prompt in prompts)
 
 
 def test_every_pass_has_every_prompt_once_in_another_order() -> None:

@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from fewstep.commands.common import choose_device, load, parse
-from fewstep.data.prompts import read_prompts
+from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import Entry, compare, default_prompts
 from fewstep.models.student import Student
@@ -23,8 +23,8 @@ class Compare:
 
     candidates: Annotated[tuple[str, ...], tyro.conf.Positional]
     """`SOURCE` or `SOURCE:STEPS`; a source is a student's folder, `emoji`, a pipeline folder or a Hub id."""
-    prompts: Path | None = None
-    """Text file with one prompt a line; held-out captions of the embedded data set unless told."""
+    prompts: str | None = None
+    """PATH or PATH:COLUMN (docs/prompts.md); held-out captions of the embedded data set unless told."""
     count: int = 12
     """Prompts to show where no file is given."""
     seed: int = 0
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     """Parse, compare, print both paths."""
     args = parse(Compare, "compare", arguments)
     entries = read_entries(args.candidates, choose_device(args.device))
-    prompts = read_prompts(args.prompts) if args.prompts else default_prompts(args.count)
+    prompts = list(read_prompts(args.prompts)) if args.prompts else default_prompts(args.count)
     seeds = list(range(args.seed, args.seed + len(prompts)))
     command = " ".join(["fewstep compare", *arguments])
     for path in compare(

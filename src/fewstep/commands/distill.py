@@ -14,7 +14,9 @@ import torch
 
 from fewstep.api import EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
 from fewstep.commands.common import choose_device, parse
-from fewstep.data.prompts import read_prompts
+from fewstep.conditions import TextOptions
+from fewstep.data.sources import read_prompts
+from fewstep.errors import FewstepError
 
 
 @dataclass(kw_only=True)
@@ -25,8 +27,9 @@ class RunOptions:
     """`emoji` (embedded), a diffusers pipeline folder, or a Hub id."""
     out: Path = Path("runs/student")
     """Run folder: log, checkpoints, student. Refused if it holds another run."""
-    prompts: Path | None = None
-    """Text file with one prompt a line. The embedded teacher has captions of its own."""
+    prompts: str | None = None
+    """PATH or PATH:COLUMN of a text, .jsonl, .csv, .parquet or .tar file, or of a folder of them (docs/prompts.md). The
+    embedded teacher has captions of its own."""
     resume: bool = False
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
@@ -45,6 +48,9 @@ class SizeOptions:
     """Likewise."""
     num_frames: int | None = None
     """Frames of videos, likewise."""
+    sizes: tuple[str, ...] = ()
+    """Several sizes in the place of these, WIDTHxHEIGHT in pixels (of videos xFRAMES), such as 1024x1024 832x1216: each
+    iteration has one of them, and the student is saved at the first."""
 
 
 def main(arguments: list[str]) -> None:
@@ -55,6 +61,7 @@ def main(arguments: list[str]) -> None:
     parts: dict[str, Any] = {
         "run": RunOptions(),
         "size": SizeOptions(),
+        "text": TextOptions(),
         "roles": roles,
         "train": train,
         "method": options,
@@ -64,10 +71,12 @@ def main(arguments: list[str]) -> None:
     kind.__doc__ = f"Distil a teacher into a few-step student by {method} ({options.build().paper})."
     args = parse(kind, f"distill {method}", arguments)
     run = args.run
-    prompts = read_prompts(run.prompts) if run.prompts else None
-    teacher = load_teacher(
-        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **asdict(args.size)
-    )
+    prompts = None if run.prompts is None else read_prompts(run.prompts)
+    size = asdict(args.size)
+    sizes = size.pop("sizes")
+    if sizes and any(size.values()):
+        raise FewstepError(f"found --sizes {sizes} and {size}, expected one or the other, fix: leave one out")
+    teacher = load_teacher(run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **size)
     distill(
         teacher,
         args.method,
@@ -75,6 +84,8 @@ def main(arguments: list[str]) -> None:
         prompts=prompts,
         roles=args.roles,
         train_options=args.train,
+        text=args.text,
+        sizes=sizes,
         resume=run.resume,
     )
     if os.environ.get("RANK", "0") == "0":

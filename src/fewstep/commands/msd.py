@@ -10,7 +10,8 @@ import torch
 from fewstep.api import RoleOptions, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.commands.distill import RunOptions
-from fewstep.data.prompts import read_prompts
+from fewstep.conditions import TextOptions
+from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.methods.matching_options import MatchingOptions
@@ -59,10 +60,11 @@ def main(arguments: list[str]) -> None:
         prompts=read_prompts(run.prompts) if run.prompts else None,
         roles=args.roles,
         train_options=args.train,
+        text=args.text,
         resume=run.resume,
     )
     print(f"student of part {part.part}: {run.out}/part-{part.part}/student", file=sys.stderr)
     print(f"when all {part.parts} parts are there: fewstep sample {run.out} ...", file=sys.stderr)
 
 
-_SHARED = {"roles": RoleOptions, "train": TrainOptions}
+_SHARED = {"roles": RoleOptions, "train": TrainOptions, "text": TextOptions}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fewstep.api import EMOJI
 from fewstep.commands.common import choose_device, guidance, load, parse
-from fewstep.data.prompts import read_prompts
+from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
 
 
@@ -19,8 +19,8 @@ class Sample:
     """A student's folder; or a teacher: `emoji`, a pipeline folder or a Hub id."""
     prompt: tuple[str, ...] = ()
     """One or several prompts."""
-    prompts: Path | None = None
-    """Text file with one prompt a line."""
+    prompts: str | None = None
+    """PATH or PATH:COLUMN (docs/prompts.md)."""
     steps: int | None = None
     """Solver steps; the model's own unless told (students: those they were trained for)."""
     guidance_scale: float | None = None

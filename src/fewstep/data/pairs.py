@@ -51,7 +51,7 @@ class TeacherPairs:
         guidance_scale: float | None = None,
         seed: int = 0,
     ) -> None:
-        self._teacher, self._prompts, self.count = teacher, list(prompts), count
+        self._teacher, self._prompts, self.count = teacher, prompts, count
         self._steps, self._guidance_scale, self._seed = steps, guidance_scale, seed
         self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -71,12 +71,12 @@ class RealImages:
             )
         if images.dtype != torch.uint8 and not bool((images.abs() <= 1).all()):
             raise FewstepError("found images beyond [-1, 1], expected uint8, or floats in [-1, 1], fix: rescale them")
-        self._backbone, self._images, self._texts, self._seed = backbone, images, list(texts), seed
+        self._backbone, self._images, self.texts, self._seed = backbone, images, list(texts), seed
 
     def __call__(self, iteration: int, samples: Tensor) -> tuple[Tensor, Condition]:
         """Latents (B, ...) and conditions of global sample numbers (B,)."""
-        places = [shuffled(int(n), len(self._texts), (self._seed, 8)) for n in samples]
+        places = [shuffled(int(n), len(self.texts), (self._seed, 8)) for n in samples]
         images = self._images[places]
         if images.dtype == torch.uint8:
             images = images.float() / 127.5 - 1
-        return self._backbone.encode_images(images), self._backbone.encode([self._texts[place] for place in places])
+        return self._backbone.encode_images(images), self._backbone.encode([self.texts[place] for place in places])

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -81,6 +82,8 @@ class Backbone(ABC):
 
     def __init__(self, pipeline: Any, source: str) -> None:
         self.pipeline, self.source = pipeline, source
+        self.folder: Path | None = None
+        """Where the pipeline's files are on this disk, where `load_backbone` has loaded it."""
         self.told_size: dict[str, int] = {}
         """What of `size` is not the pipeline's own choice: see `set_size`."""
         self.network: nn.Module = getattr(pipeline, self.network_name).requires_grad_(False).eval()

@@ -239,11 +239,14 @@ def _calls(sampling: Sampling, backbone: Backbone) -> list[str]:
 
 def _readme(card: Mapping[str, Any], usage: Sequence[str]) -> str:
     counts = ", ".join(card["grids"])
+    sizes = card["details"].get("sizes", [])
+    trained = ["", f"Trained at the sizes {', '.join(sizes)} (width x height); tell width and height."] if sizes else []
     return "\n".join(
         [
             f"# A few-step student ({card['method']})",
             "",
             f"Made from {card['teacher']} by fewstep, for {counts} network calls without guidance.",
+            *trained,
             "",
             "```python",
             *usage,

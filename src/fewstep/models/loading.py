@@ -84,6 +84,7 @@ def load_backbone(
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
     backbone = kind(pipeline.to(device), str(source))
+    backbone.folder = folder
     backbone.set_size(size or {})
     return backbone
 

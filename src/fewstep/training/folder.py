@@ -51,13 +51,9 @@ def begin(folder: Path, configuration: Mapping[str, Any], notes: Mapping[str, An
     another configuration. With `resume` and no run in it, a fresh run begins.
     """
     record = folder / "run.json"
+    if not resume:
+        refuse_run(folder)
     found = checkpoint.newest(folder / "checkpoints")
-    if not resume and (found is not None or record.exists()):
-        at = f"at iteration {found.iteration}" if found else "without a checkpoint"
-        raise FewstepError(
-            f"found a run {at} in {folder}, expected a folder without one, "
-            "fix: resume it (--resume) or choose another --out"
-        )
     if found is not None:
         _refuse_other(found.state, configuration, found.folder)
     elif record.exists():
@@ -65,6 +61,17 @@ def begin(folder: Path, configuration: Mapping[str, Any], notes: Mapping[str, An
     (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint.clean(folder / "checkpoints")
     checkpoint.write_text(record, json.dumps({**describe(configuration), **notes}, indent=1) + "\n")
+
+
+def refuse_run(folder: Path) -> None:
+    """FewstepError if the folder holds a run."""
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is not None or (folder / "run.json").exists():
+        at = f"at iteration {found.iteration}" if found else "without a checkpoint"
+        raise FewstepError(
+            f"found a run {at} in {folder}, expected a folder without one, "
+            "fix: resume it (--resume) or choose another --out"
+        )
 
 
 def describe(configuration: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,12 @@ n, whatever process asks for it.
 RealData = Callable[[int, Tensor], tuple[Tensor, Condition]]
 """real(iteration, samples (b,) long) -> clean samples of the data (b, ...) with their conditions; as `Data`."""
 
+NoiseShape = tuple[int, ...] | Callable[[int], tuple[int, ...]]
+"""Shape of one sample without the batch axis, or shape(iteration), a function of the iteration alone.
+
+The function is called at the beginning of the iteration and may set networks up for samples of that shape.
+"""
+
 PairData = Callable[[int, Tensor], tuple[Tensor, Tensor, Condition]]
 """pairs(iteration, samples) -> standard normal noise (b, ...), the teacher's samples from it, conditions; as `Data`."""
 
@@ -106,7 +112,7 @@ def train(
     out: Path | str,
     hooks: Hooks | None = None,
     *,
-    noise_shape: tuple[int, ...],
+    noise_shape: NoiseShape,
     real: RealData | None = None,
     pairs: PairData | None = None,
     configuration: Mapping[str, Any] | None = None,
@@ -115,7 +121,8 @@ def train(
     """Trains the student (and critic) of `roles` by `method`, and leaves log and checkpoints in the folder `out`.
 
     Args:
-        noise_shape: shape of one sample without the batch axis, such as (4, 16, 16).
+        noise_shape: shape of one sample without the batch axis, such as (4, 16, 16); or of the iteration's samples
+            (`NoiseShape`), then `configuration` has to tell what it follows from.
         real: where clean data come from; needed by methods with a discriminator, not looked at by others.
         pairs: where noise with the teacher's own samples comes from; likewise for methods that regress to them.
         configuration: all else that decides the result (teacher, kind of roles, prompts ...), as JSON-able
@@ -139,7 +146,7 @@ def train(
         **(configuration or {}),
         "method": {"name": method.name, **asdict(method.options)},
         "train": options.deciding(),
-        "noise_shape": noise_shape,
+        "noise_shape": None if callable(noise_shape) else noise_shape,
     }
     first = roles.student_parameters()[0]
     device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)
@@ -147,6 +154,7 @@ def train(
 
     def batch(iteration: int, samples: Tensor) -> Batch:
         told: dict[str, Any] = {}
+        shape = noise_shape(iteration) if callable(noise_shape) else noise_shape
         with networks.watch("data"):
             condition = data(iteration, samples)
             if method.needs.real_data and real is not None:
@@ -155,7 +163,7 @@ def train(
             if method.needs.pairs and pairs is not None:
                 noise, made, of_made = pairs(iteration, samples)
                 told["pairs"] = noise.to(device, dtype), made.to(device, dtype), of_made
-        return Batch(condition, samples.to(device), noise_shape, dtype, **told)
+        return Batch(condition, samples.to(device), shape, dtype, **told)
 
     with ExitStack() as stack:
         group = stack.enter_context(process_group(device))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Method
-from fewstep.training.loop import Data, Hooks, PairData, RealData, TrainableRoles, TrainResult, train
+from fewstep.training.loop import Data, Hooks, NoiseShape, PairData, RealData, TrainableRoles, TrainResult, train
 from fewstep.training.options import TrainOptions
 from fewstep.training.trainee import copy_tensors
 
@@ -46,7 +46,7 @@ def train_in_turn(
     data: Data,
     out: Path | str,
     *,
-    noise_shape: tuple[int, ...],
+    noise_shape: NoiseShape,
     real: RealData | None = None,
     pairs: PairData | None = None,
     configuration: Mapping[str, Any] | None = None,

@@ -28,7 +28,10 @@ class Progress:
 
     def advance(self, iteration: int, record: Mapping[str, float]) -> None:
         """To be called after each iteration; `record` is empty where nothing is logged."""
-        text = summary(record)
+        self.show(iteration, summary(record))
+
+    def show(self, iteration: int, text: str) -> None:
+        """How far it is; plain lines only where there is a `text`."""
         if self._bar is not None:
             self._bar.update(self._task, completed=iteration)
             if text:
