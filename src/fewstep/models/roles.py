@@ -186,6 +186,11 @@ class Roles:
         """Whether student and critic read the condition "steps"."""
         return hasattr(self._student.network, "call_embedder")
 
+    @property
+    def one_adapter(self) -> bool:
+        """Whether the student is the teacher with one LoRA and nothing else, so that a LoRA file can hold it."""
+        return self._student.adapter is not None and not self.steps_aware
+
     def student_network(self) -> nn.Module:
         """The student as a network of its own, float32, adapters merged: what is exported. A copy, frozen."""
         seat = self._student
