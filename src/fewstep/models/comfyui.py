@@ -10,7 +10,7 @@ the rows of the fused weight that are theirs.
 |-----------------------|-----------------------------------------------------------|----------------|
 | Stable Diffusion 1, 2 | `lora_unet_` + diffusers' name                            | D, sd-scripts  |
 | SDXL                  | `lora_unet_` + original name (`input_blocks_4_1_...`)     | D, sd-scripts  |
-| SD3, FLUX.1           | `lora_transformer_` + diffusers' name (OneTrainer's form) | D (FLUX.1)     |
+| SD3, FLUX.1           | `lora_transformer_` + diffusers' name (OneTrainer's form) |                |
 | PixArt                | `transformer.` + diffusers' name                          |                |
 | Qwen-Image, Z-Image   | `diffusion_model.` + diffusers' name                      | D              |
 | Wan, CogVideoX        | `diffusion_model.` + ComfyUI's name                       | D (Wan)        |
