@@ -180,6 +180,28 @@ def test_full_students_are_not_made_into_loras(tiny_teacher: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+def test_the_alpha_of_the_options_is_that_of_the_adapters(teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    class Stopped(Exception):
+        pass
+
+    def record(*args: Any, alpha: float, **told: Any) -> None:
+        raise Stopped(alpha)
+
+    monkeypatch.setattr("fewstep.api.build_roles", record)
+    with pytest.raises(Stopped, match="3.0"):
+        fewstep.distill(teacher, "tdm", out=tmp_path / "out", prompts=PROMPTS, roles=RoleOptions(rank=4, alpha=3.0))
+    with pytest.raises(FewstepError, match="alpha 0.*above 0"):
+        build_roles(load_backbone(teacher), rank=4, alpha=0.0)
+
+
+def test_students_of_an_earlier_version_are_to_be_saved_again(run: Path, tmp_path: Path) -> None:
+    card = json.loads((run / "lora" / "fewstep.json").read_text())
+    del card["usage"]
+    (tmp_path / "fewstep.json").write_text(json.dumps(card))
+    with pytest.raises(FewstepError, match="earlier version.*fix:.*--resume"):
+        export_student(tmp_path, "lora", out=tmp_path / "out")
+
+
 def test_networks_of_our_own_are_not_exported_alone(tiny_teacher: Path, tmp_path: Path) -> None:
     roles = build_roles(load_backbone(tiny_teacher), rank=4, steps_aware=True)
     folder = save_student(tmp_path / "student", roles, [grids.uniform(4)], method="tdm-unify")

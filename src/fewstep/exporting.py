@@ -69,6 +69,11 @@ def export_student(
             f"found a student exported to {own['form']} at {folder}, expected the student or LoRA it came from, fix: "
             "pass that one, or its run"
         )
+    if "usage" not in own:
+        raise FewstepError(
+            f"found a student of an earlier version at {folder}, expected one whose card says how it is called, fix: "
+            "continue its finished run with `fewstep distill --resume`, which saves it again"
+        )
     if to in ("lora", "comfyui") and own["form"] != "lora":
         raise FewstepError(
             f"found a student with all its weights at {folder}, expected a LoRA (an approximation by a low rank would "

@@ -251,8 +251,8 @@ def build_roles(
         seed: of the new weights (adapters, step embedding, heads).
 
     Raises:
-        FewstepError: unknown kind, layers or discriminator, a rank below 1, a discriminator without the critic it
-            should read, or on a backbone that does not say where its features are.
+        FewstepError: unknown kind, layers or discriminator, a rank below 1, an alpha not above 0, a discriminator
+            without the critic it should read, or on a backbone that does not say where its features are.
     """
     if kind not in get_args(Kind):
         raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")
@@ -268,6 +268,8 @@ def build_roles(
     ranks = {STUDENT: rank, CRITIC: rank if critic_rank is None else critic_rank}
     if min(ranks.values()) < 1:
         raise FewstepError(f"found adapter ranks {ranks}, expected at least 1, fix: 16 to 64 are usual")
+    if alpha is not None and not alpha > 0:
+        raise FewstepError(f"found LoRA alpha {alpha}, expected a number above 0, fix: leave it out, or the rank")
     trained = (STUDENT, CRITIC) if critic else (STUDENT,)
     adapters = [role for role in trained if role in {"adapters": trained, "mixed": (CRITIC,), "copies": ()}[kind]]
     if kind == "adapters" and critic and ranks[CRITIC] < ranks[STUDENT]:
