@@ -23,6 +23,7 @@ from fewstep.core import grids
 from fewstep.errors import FewstepError
 from fewstep.exporting import export_student
 from fewstep.models import Backbone, Roles, build_roles, load_backbone, load_student, save_student
+from fewstep.models.comfyui import cogvideox_key, sdxl_key, unet_key, wan_key
 
 PROMPTS = ["a frog", "a frog"]
 VIDEO = {"height": 16, "width": 32, "num_frames": 5}
@@ -360,3 +361,29 @@ def test_loading_refuses(case: Case, tmp_path: Path, damage: str, words: str) ->
         save_file(tensors, file)
     with pytest.raises(FewstepError, match=f"{words}.*fix:"):
         load_student(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "layer", "wanted"),
+    [
+        (sdxl_key, "down_blocks.1.attentions.0.proj_in", "lora_unet_input_blocks_4_1_proj_in"),
+        (sdxl_key, "down_blocks.2.resnets.1.time_emb_proj", "lora_unet_input_blocks_8_0_emb_layers_1"),
+        (sdxl_key, "mid_block.resnets.1.time_emb_proj", "lora_unet_middle_block_2_emb_layers_1"),
+        (sdxl_key, "up_blocks.1.attentions.2.proj_out", "lora_unet_output_blocks_5_1_proj_out"),
+        (sdxl_key, "add_embedding.linear_2", "lora_unet_label_emb_0_2"),
+        (unet_key, "time_embedding.linear_1", "lora_unet_time_embedding_linear_1"),
+        (wan_key, "condition_embedder.time_proj", "diffusion_model.time_projection.1"),
+        (wan_key, "condition_embedder.text_embedder.linear_2", "diffusion_model.text_embedding.2"),
+        (wan_key, "proj_out", "diffusion_model.head.head"),
+        (cogvideox_key, "time_embedding.linear_2", "diffusion_model.time_embedding_linear_2"),
+        (cogvideox_key, "transformer_blocks.3.norm1.linear", "diffusion_model.blocks.3.norm1.linear"),
+    ],
+)
+def test_layers_beyond_attention_have_names_too(key: Callable[..., str], layer: str, wanted: str) -> None:
+    """Of networks in their released size (two layers a block)."""
+    assert key(layer, {"layers_per_block": 2}) == wanted
+
+
+def test_layers_that_the_original_does_not_have_are_refused() -> None:
+    with pytest.raises(FewstepError, match="time_embedding.cond_proj.*fix:"):
+        unet_key("time_embedding.cond_proj", {"layers_per_block": 2})
