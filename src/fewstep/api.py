@@ -23,7 +23,7 @@ from fewstep.losses.moments import element_moments
 from fewstep.methods import METHODS, DecoupledOptions, Options, PhasedOptions, preset
 from fewstep.methods.base import Needs
 from fewstep.models.backbone import Backbone
-from fewstep.models.export import save_student
+from fewstep.models.export import Form, save_student
 from fewstep.models.loading import adapter_of, load_backbone
 from fewstep.models.recipes import Setting, applied
 from fewstep.models.roles import Roles, build_roles
@@ -38,7 +38,7 @@ from fewstep.training.parallel import process_group
 
 EMOJI = "emoji"
 """The name of the embedded teacher."""
-STUDENT_FOLDER = "student"
+STUDENT_FOLDER, LORA_FOLDER = "student", "lora"
 _OF_ROLES = ("roles", "rank", "student_rate", "critic_rate")  # settings that hold for a recipe's kind of roles alone
 _MEASURED = 64
 
@@ -68,6 +68,8 @@ class RoleOptions:
     """Rank of the student's adapter, 1 or more."""
     critic_rank: int | None = None
     """Rank of the critic's adapter; the student's unless told."""
+    alpha: float | None = None
+    """LoRA alpha, above 0: adapters are scaled by alpha / rank; each adapter's own rank unless told, scale 1."""
     layers: Literal["attention+ff", "all-linear"] = "attention+ff"
     """Which layers take adapters."""
     checkpointing: bool = False
@@ -212,6 +214,7 @@ def distill(
         roles.roles,
         rank=roles.rank,
         critic_rank=roles.critic_rank,
+        alpha=roles.alpha,
         layers=roles.layers,
         checkpointing=roles.checkpointing,
         critic=needs.critic or (needs.discriminator and features == "critic"),
@@ -222,6 +225,8 @@ def distill(
     if hooks is None:
         hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0)
     kept = {name: value for name, value in asdict(roles).items() if name not in ("checkpointing", "discriminator")}
+    if roles.alpha is None:
+        del kept["alpha"]  # runs that began before there was one go on
     if needs.discriminator:
         kept["discriminator"] = features
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts), **encoding.lossy}
@@ -252,7 +257,12 @@ def distill(
             listed.first()
         if group.leads:
             with result.ema.applied():
-                export(seats, options, folder, {"iterations": result.iteration, **configuration})
+                export(
+                    seats,
+                    options,
+                    folder,
+                    {"iterations": result.iteration, "train": asdict(train_options), **configuration},
+                )
         group.wait()  # the others load what the first has written
     return load_student(folder)
 
@@ -302,18 +312,25 @@ def cache_prompts(
 
 
 def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]) -> Path:
-    """Save the student that `seats` hold now as a pipeline folder."""
+    """Save the student that `seats` hold now as a pipeline folder, and as a LoRA beside it where it is one adapter."""
     grids = [options.time_grid(count) for count in options.counts]
     name = next((name for name, make in METHODS.items() if make() == options), options.build().name)
-    return save_student(
-        folder,
-        seats,
-        grids,
-        method=name,
-        eta=options.eta,
-        chain_noise=options.chain_noise,
-        details={**details, "method": asdict(options)},
-    )
+    more = {"paper": options.build().paper, **details, "method": asdict(options)}
+    forms: dict[Form, Path] = {"pipeline": folder}
+    if seats.one_adapter:
+        forms["lora"] = folder.with_name(LORA_FOLDER)
+    for form, place in forms.items():
+        save_student(
+            place,
+            seats,
+            grids,
+            method=name,
+            eta=options.eta,
+            chain_noise=options.chain_noise,
+            form=form,
+            details=more,
+        )
+    return folder
 
 
 def with_moments(options: Options, teacher: Teacher, texts: Sequence[str]) -> Options:

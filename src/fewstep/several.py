@@ -286,6 +286,7 @@ def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]
     return {
         "rank": roles.rank,
         "critic_rank": roles.critic_rank,
+        "alpha": roles.alpha,
         "layers": roles.layers,
         "checkpointing": roles.checkpointing,
         "critic": needs.critic or (needs.discriminator and features == "critic"),
@@ -297,6 +298,8 @@ def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]
 
 def _configuration(backbone: Backbone, roles: RoleOptions, texts: Sequence[str]) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(roles).items() if name != "checkpointing"}  # changes memory only
+    if roles.alpha is None:
+        del kept["alpha"]  # runs that began before there was one go on
     size = {"size": backbone.told_size} if backbone.told_size else {}
     return {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts), **size}
 

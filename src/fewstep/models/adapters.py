@@ -92,8 +92,11 @@ def checkpoint_function(switch: Switch) -> Callable[..., Any]:
     return run
 
 
-def add_adapter(network: nn.Module, adapter: str, *, rank: int, alpha: float, targets: list[str]) -> None:
-    """Inject a LoRA adapter that changes nothing yet; its weights are float32 whatever the base is."""
+def add_adapter(network: nn.Module, adapter: str, *, rank: int, alpha: float, targets: list[str] | str) -> None:
+    """Inject a LoRA adapter that changes nothing yet; its weights are float32 whatever the base is.
+
+    `targets` are ends of layers' names, or an expression that matches them in full.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)

@@ -77,6 +77,10 @@ class Backbone(ABC):
     """Where not None: the guidance scale that the network itself is told, by all roles and in every call, because
     classifier-free guidance was distilled into it (FLUX.1-dev, LCM). `teacher_guidance` then is 1."""
 
+    comfyui_key: Callable[[str, Mapping[str, Any]], str] | None = None
+    """(layer, config of the network) -> what ComfyUI calls the layer in a LoRA file (`fewstep.models.comfyui`); None
+    where it has no such model."""
+
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""
 
@@ -190,6 +194,11 @@ class Backbone(ABC):
         """Arguments, besides prompt and steps, with which the stock pipeline samples a student at its own size."""
         scale = 1 if self.embedded_guidance is None else self.embedded_guidance
         return {"guidance_scale": scale, **self.told_size}
+
+    @property
+    def network_parts(self) -> dict[str, str]:
+        """The parts of the pipeline that `network` is, each with how the names of its layers begin in `network`."""
+        return {self.network_name: ""}
 
     @abstractmethod
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:

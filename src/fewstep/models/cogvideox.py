@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
+from fewstep.models.comfyui import cogvideox_key
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import STATES, in_batches
 from fewstep.models.recipes import Recipe, Setting
@@ -27,6 +28,7 @@ class CogVideoX(Backbone):
     pipeline_classes = ("CogVideoXPipeline",)
     output_name = "frames"
     teacher_guidance = 6.0  # the pipeline's own
+    comfyui_key = staticmethod(cogvideox_key)
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     recipe = Recipe(
         guidance_scale=Setting(3.5, _BLADE),

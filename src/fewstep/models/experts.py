@@ -58,6 +58,11 @@ class ExpertRoles(Roles):
         """False: experts are for one step count, and if networks read "landing", only the critic is told it."""
         return False
 
+    @property
+    def one_adapter(self) -> bool:
+        """False: there is one for each expert."""
+        return False
+
     def student_network(self) -> nn.Module:
         """All experts as one network that switches by itself (`fewstep.models.expert_networks`). A copy, frozen."""
         from fewstep.models.expert_networks import switching_network

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from fewstep.core import grids as time_grids
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone
+from fewstep.models.card import TEACHER, metadata, model_card, teacher_license
+from fewstep.models.lora import save_loras, student_loras, weights_files
 from fewstep.models.pipelines import rebuilt
 from fewstep.models.quiet import quiet_libraries
-from fewstep.models.roles import STUDENT, Roles
-from fewstep.models.schedulers import Sampling, choose_scheduler
+from fewstep.models.roles import Roles
+from fewstep.models.schedulers import Sampling, choose_scheduler, shift_of
 
 Form = Literal["pipeline", "lora"]
 CARD = "fewstep.json"
@@ -44,8 +46,8 @@ def save_student(
 
     "pipeline" is a whole diffusers pipeline, adapters merged, with a scheduler that reproduces our sampler on every
     grid: `DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=K, guidance_scale=1)` needs no fewstep
-    unless the student is steps-aware. "lora" is the adapter alone in PEFT's format and the scheduler; the teacher is
-    named in it.
+    unless the student is steps-aware. "lora" is the adapter alone (`fewstep.models.lora`) and the scheduler; the
+    teacher is named in it. Both have a README.md, the model card, that says how to sample them with diffusers.
 
     Args:
         folder: written under a temporary name beside it, then renamed.
@@ -55,8 +57,8 @@ def save_student(
         eta: share of its own noise that a step keeps, 1 or 0 (`choose_scheduler`).
         chain_noise: what the rest of it is (`choose_scheduler`).
         form: "lora" only for adapter roles that are not steps-aware.
-        dtype: of the weights on disk, float32 or float16; the folder loads as float32 either way.
-        details: more for `fewstep.json`, JSON-able (options, iterations, metrics).
+        dtype: of the weights on disk; the folder loads as float32 whatever it is.
+        details: more for `fewstep.json` and the card, JSON-able (options, iterations, paper, metrics).
 
     Returns:
         `folder` as a path.
@@ -71,35 +73,73 @@ def save_student(
             "found a student of a function teacher, expected one of a pipeline backbone, fix: save its module with "
             "safetensors yourself"
         )
-    _check_form(form, roles)
-    sampling = choose_scheduler(backbone, [time_grids.validated(grid) for grid in grids], eta, chain_noise)
-    start = sampling.start if form == "pipeline" else 1.0  # in the units of the process that the folder holds
+    if form not in get_args(Form):
+        raise FewstepError(f"found form {form!r}, expected one of {get_args(Form)}, fix: name one of these")
+    if form == "lora" and not roles.one_adapter:
+        raise FewstepError(
+            "found a student that is not the teacher with one adapter (a full network, several experts, or told its "
+            "step count) to be saved as a LoRA, expected roles 'adapters' of one step count, fix: save the pipeline "
+            "(form 'pipeline')"
+        )
+    grids = [time_grids.validated(grid) for grid in grids]
+    sampling = choose_scheduler(backbone, grids, eta, chain_noise)
     card: dict[str, Any] = {
         "format": CARD_FORMAT,
         "form": form,
         "method": method,
         "teacher": _absolute(backbone.source),
+        "license": teacher_license(backbone.source),
         "steps_aware": roles.steps_aware,
         "eta": eta,
-        "grids": {str(len(grid) - 1): (grid / start).tolist() for grid in grids},
+        "shift": _shift(grids),
+        "grids": {str(len(grid) - 1): grid.tolist() for grid in grids},
         "call": {str(count): call for count, call in sampling.calls.items()},
+        "pipeline_call": backbone.student_call,
+        "output": backbone.output_name,
         "size": backbone.told_size,
         "embedded_guidance": backbone.embedded_guidance,
+        "parts": list(backbone.network_parts),
         "versions": _versions(),
         "details": dict(details or {}),
     }
     with written_atomically(Path(folder)) as temporary:
         if form == "pipeline":
-            pipeline = backbone.pipeline_with(roles.student_network(), sampling.scheduler)
-            save_pipeline(pipeline, temporary, dtype)
-            usage = _pipeline_usage(backbone, pipeline, sampling)
+            write_pipeline(temporary, backbone, roles.student_network(), sampling, card, dtype)
         else:
-            _save_lora(temporary, roles, dtype)
+            peft = not hasattr(backbone.pipeline, "load_lora_weights")
+            told = metadata(card)
+            save_loras(temporary, student_loras(roles), base=card["teacher"], peft=peft, dtype=dtype, metadata=told)
             sampling.scheduler.save_pretrained(temporary / "scheduler")
-            usage = _lora_usage(backbone, card["teacher"], sampling)
-        (temporary / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
-        (temporary / "README.md").write_text(_readme(card, usage), encoding="utf-8")
+            card["usage"] = _lora_usage(backbone, sampling, peft)
+            write_card(temporary, card)
     return Path(folder)
+
+
+def write_pipeline(
+    folder: Path, backbone: Backbone, network: nn.Module, sampling: Sampling, card: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The pipeline around a student's `network` into an existing folder, with `card`, whose grids are the teacher's."""
+    pipeline = backbone.pipeline_with(network, sampling.scheduler)
+    save_pipeline(pipeline, folder, dtype)
+    start = sampling.start  # the folder holds a process that may end there
+    card["grids"] = {count: [time / start for time in grid] for count, grid in card["grids"].items()}
+    card["usage"] = _pipeline_usage(backbone, pipeline, sampling)
+    write_card(folder, card)
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """`fewstep.json` and README.md."""
+    (folder / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(card, card["usage"]), encoding="utf-8")
+
+
+def _shift(grids: Sequence[Tensor]) -> float | None:
+    """The shift of `grids`, 1 for evenly spaced times; None if they are spaced in another way."""
+    for shift in (shift_of(grids), 1.0):
+        made = (time_grids.shifted(len(grid) - 1, shift, float(grid[0])) for grid in grids)
+        if all(torch.allclose(one, grid.to(one), atol=1e-4) for one, grid in zip(made, grids, strict=True)):
+            return shift
+    return None
 
 
 def save_pipeline(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -147,38 +187,6 @@ def written_atomically(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_form(form: str, roles: Roles) -> None:
-    if form not in get_args(Form):
-        raise FewstepError(f"found form {form!r}, expected one of {get_args(Form)}, fix: name one of these")
-    backbone = roles.backbone
-    assert isinstance(backbone, Backbone)
-    several = backbone.network is not getattr(backbone.pipeline, backbone.network_name)  # as Wan2.2-A14B's
-    if form == "lora" and (roles.student_seat.adapter is None or roles.steps_aware or several):
-        what = "a steps-aware student" if roles.steps_aware else "a student that is a full network"
-        what = "a student of two networks" if several else what
-        raise FewstepError(
-            f"found {what} to be saved as a LoRA, expected one network's adapter that is not told its step count, "
-            "fix: save the pipeline (form 'pipeline')"
-        )
-
-
-def _save_lora(folder: Path, roles: Roles, dtype: torch.dtype) -> None:
-    """The two files that `PeftModel.from_pretrained(network, folder)` reads."""
-    from safetensors.torch import save_file
-
-    seat = roles.student_seat
-    assert isinstance(roles.backbone, Backbone)
-    config = copy.copy(seat.network.peft_config[STUDENT])  # type: ignore[index]
-    config.base_model_name_or_path = _absolute(roles.backbone.source)
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    weights = {
-        f"base_model.model.{name.replace(f'.{STUDENT}.', '.')}": value.to(dtype).contiguous().cpu()
-        for name, value in roles.student_state().items()
-    }
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
-
-
 def _absolute(source: str) -> str:
     """A Hub id as it is, a folder in full."""
     return str(Path(source).resolve()) if Path(source).is_dir() else source
@@ -210,17 +218,24 @@ def _pipeline_usage(backbone: Backbone, pipeline: Any, sampling: Sampling) -> li
     ]
 
 
-def _lora_usage(backbone: Backbone, source: str, sampling: Sampling) -> list[str]:
+def _lora_usage(backbone: Backbone, sampling: Sampling, peft: bool) -> list[str]:
     """Lines that sample the LoRA folder FOLDER on the teacher."""
     scheduler, home = type(sampling.scheduler).__name__, type(sampling.scheduler).__module__
     network = f"pipeline.{backbone.network_name}"
+    if peft:
+        loading = [f'{network} = PeftModel.from_pretrained({network}, "FOLDER")']
+    else:
+        loading = ['pipeline.load_lora_weights("FOLDER", adapter_name="fewstep")']
+        for part, file in list(weights_files(backbone.network_parts).items())[1:]:
+            told = f'weight_name="{file}", adapter_name="fewstep", load_into_{part}=True'
+            loading.append(f'pipeline.load_lora_weights("FOLDER", {told})')
     return [
         "from diffusers import DiffusionPipeline",
         f"from {home.split('.')[0] if home.startswith('diffusers') else home} import {scheduler}",
-        "from peft import PeftModel",
+        *(["from peft import PeftModel"] if peft else []),
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{source}")',
-        f'{network} = PeftModel.from_pretrained({network}, "FOLDER")',
+        f'pipeline = DiffusionPipeline.from_pretrained("{TEACHER}")',
+        *loading,
         f'pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")',
         *_calls(sampling, backbone),
     ]
@@ -235,22 +250,3 @@ def _calls(sampling: Sampling, backbone: Backbone) -> list[str]:
         for call in sampling.calls.values()
     ]
     return [f'{name} = pipeline("a prompt", {arguments}).{output}[0]' for arguments in told]
-
-
-def _readme(card: Mapping[str, Any], usage: Sequence[str]) -> str:
-    counts = ", ".join(card["grids"])
-    sizes = card["details"].get("sizes", [])
-    trained = ["", f"Trained at the sizes {', '.join(sizes)} (width x height); tell width and height."] if sizes else []
-    return "\n".join(
-        [
-            f"# A few-step student ({card['method']})",
-            "",
-            f"Made from {card['teacher']} by fewstep, for {counts} network calls without guidance.",
-            *trained,
-            "",
-            "```python",
-            *usage,
-            "```",
-            "",
-        ]
-    )

@@ -16,6 +16,7 @@ from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
+from fewstep.models.comfyui import split_key
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import (
     POOLED,
@@ -41,6 +42,7 @@ class Flux(Backbone):
     """
 
     pipeline_classes = ("FluxPipeline",)
+    comfyui_key = staticmethod(split_key)
     adapter_layers = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
         "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",

@@ -13,6 +13,7 @@ from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.adapters import shared_copy
 from fewstep.models.backbone import Backbone, Predict, register_backbone
+from fewstep.models.comfyui import pixart_key
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import MASK, STATES, decoded, encoded_images, in_batches, pixels, without_padding
 from fewstep.models.recipes import Recipe, Setting
@@ -29,6 +30,7 @@ class PixArt(Backbone):
     """Adapter of `PixArtAlphaPipeline`, `PixArtSigmaPipeline` and our `StepsAwarePixArtPipeline`."""
 
     pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "StepsAwarePixArtPipeline")
+    comfyui_key = staticmethod(pixart_key)
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     recipe = Recipe(
         guidance_scale=Setting(3.5, _TDM),

@@ -18,6 +18,7 @@ from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
+from fewstep.models.comfyui import same_key
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import (
     MASK,
@@ -41,6 +42,7 @@ class QwenImage(Backbone):
 
     pipeline_classes = ("QwenImagePipeline",)
     teacher_guidance = 4.0  # true_cfg_scale of the pipeline unless told
+    comfyui_key = staticmethod(same_key)
     adapter_layers = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",

@@ -186,6 +186,11 @@ class Roles:
         """Whether student and critic read the condition "steps"."""
         return hasattr(self._student.network, "call_embedder")
 
+    @property
+    def one_adapter(self) -> bool:
+        """Whether the student is the teacher with one LoRA and nothing else, so that a LoRA file can hold it."""
+        return self._student.adapter is not None and not self.steps_aware
+
     def student_network(self) -> nn.Module:
         """The student as a network of its own, float32, adapters merged: what is exported. A copy, frozen."""
         seat = self._student
@@ -246,8 +251,8 @@ def build_roles(
         seed: of the new weights (adapters, step embedding, heads).
 
     Raises:
-        FewstepError: unknown kind, layers or discriminator, a rank below 1, a discriminator without the critic it
-            should read, or on a backbone that does not say where its features are.
+        FewstepError: unknown kind, layers or discriminator, a rank below 1, an alpha not above 0, a discriminator
+            without the critic it should read, or on a backbone that does not say where its features are.
     """
     if kind not in get_args(Kind):
         raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")
@@ -263,6 +268,8 @@ def build_roles(
     ranks = {STUDENT: rank, CRITIC: rank if critic_rank is None else critic_rank}
     if min(ranks.values()) < 1:
         raise FewstepError(f"found adapter ranks {ranks}, expected at least 1, fix: 16 to 64 are usual")
+    if alpha is not None and not alpha > 0:
+        raise FewstepError(f"found LoRA alpha {alpha}, expected a number above 0, fix: leave it out, or the rank")
     trained = (STUDENT, CRITIC) if critic else (STUDENT,)
     adapters = [role for role in trained if role in {"adapters": trained, "mixed": (CRITIC,), "copies": ()}[kind]]
     if kind == "adapters" and critic and ranks[CRITIC] < ranks[STUDENT]:

@@ -132,7 +132,7 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -
         config = {"num_train_timesteps": scale, "stochastic_sampling": stochastic}
         sigmas = {len(grid) - 1: grid[:-1].tolist() for grid in grids}
         in_full = {count: {"sigmas": sigmas[count]} for count in counts}
-        shift = _shift_of(grids)
+        shift = shift_of(grids)
         yield Sampling(diffusers.FlowMatchEulerDiscreteScheduler(**config, shift=shift), by_count)
         even = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)  # for pipelines that leave the spacing to it
         if even is not None and not stochastic:  # older versions of diffusers have none
@@ -142,7 +142,7 @@ def _candidates(backbone: Backbone, grids: Sequence[Tensor], stochastic: bool) -
         yield Sampling(FlowMatchStepsScheduler(**config, step_sigmas=named), by_count)
 
 
-def _shift_of(grids: Sequence[Tensor]) -> float:
+def shift_of(grids: Sequence[Tensor]) -> float:
     """The shift of the longest of `grids`, if it is a shifted one."""
     grid = max(grids, key=len)
     if len(grid) < 3:

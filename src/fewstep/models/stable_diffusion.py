@@ -15,6 +15,7 @@ from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
+from fewstep.models.comfyui import unet_key
 from fewstep.models.pipelines import STATES, decoded, encoded_images, in_batches, pixels
 from fewstep.models.recipes import Recipe, Setting
 from fewstep.models.sizes import Side
@@ -29,6 +30,7 @@ class StableDiffusion(Backbone):
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     network_name = "unet"
+    comfyui_key = staticmethod(unet_key)
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     teacher_guidance = 7.5
     recipe: ClassVar[Recipe] = Recipe(

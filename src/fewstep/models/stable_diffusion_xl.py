@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import register_backbone
+from fewstep.models.comfyui import sdxl_key
 from fewstep.models.pipelines import POOLED, STATES, decoded, in_batches, pixels
 from fewstep.models.recipes import Recipe, Setting
 from fewstep.models.stable_diffusion import StableDiffusion
@@ -28,6 +29,7 @@ class StableDiffusionXL(StableDiffusion):
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     teacher_guidance = 5.0
+    comfyui_key = staticmethod(sdxl_key)
     recipe: ClassVar[Recipe] = Recipe(
         guidance_scale=Setting(8.0, _TDM),
         shift=Setting(1.0, _TDM),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ from fewstep.core import grids as time_grids
 from fewstep.core.solvers import SOLVERS
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
+from fewstep.models.adapters import shared_copy
 from fewstep.models.backbone import Backbone, SeededNoise
 from fewstep.models.export import CARD, CARD_FORMAT
 from fewstep.models.loading import load_backbone
-from fewstep.models.roles import STUDENT
+from fewstep.models.lora import attach_loras, read_loras
+from fewstep.models.teacher import Teacher
 
 ROUTER = "router.json"
 """Lies in a folder of several students (`fewstep.models.router`)."""
@@ -114,32 +117,60 @@ class Student:
 
 
 def load_student(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    teacher: Teacher | str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> Student:
     """Load what `save_student` wrote: a pipeline folder, or a LoRA with the teacher that it names; or several of them.
 
     Several lie in one folder with their router, and are sampled as one (`fewstep.models.router`).
 
+    Args:
+        folder: what to load.
+        teacher: for a LoRA, the teacher it was trained on, where that is not at the place the LoRA names: a folder, a
+            Hub id, or one that is loaded, whose weights are then shared and whose size, dtype and device hold.
+        dtype: of the weights.
+        device: where to put them.
+
     Raises:
-        FewstepError: no student there, weights that are pickles, or parts that would need code from the folder.
+        FewstepError: no student there, weights that are pickles, parts that would need code from the folder, a LoRA
+            that does not fit the teacher, or a teacher for a student that has all its weights.
     """
     folder = Path(folder)
     if (folder / ROUTER).is_file():
         from fewstep.models.router import load_routed
 
         return load_routed(folder, dtype=dtype, device=device)
-    card, grids = _read_card(folder)
-    if card["form"] == "pipeline":
-        backbone = load_backbone(folder, dtype=dtype, device=device, size=card.get("size"))
-        network = backbone.network
+    card, grids = read_card(folder)
+    if card["form"] not in ("pipeline", "lora"):
+        raise FewstepError(
+            f"found a student exported to {card['form']} at {folder}, expected a pipeline or a LoRA folder, fix: load "
+            "the folder that it was exported from"
+        )
+    if teacher is not None and card["form"] == "pipeline":
+        raise FewstepError(
+            f"found a teacher for {folder}, which is a whole pipeline, expected one for a LoRA only, fix: leave it out"
+        )
+    if isinstance(teacher, Teacher):
+        backbone, network = copy.copy(teacher.backbone), shared_copy(teacher.backbone.network)
     else:
-        backbone = load_backbone(card["teacher"], dtype=dtype, device=device, size=card.get("size"))
-        network = _with_lora(backbone.network, folder).to(device)
+        source = folder if card["form"] == "pipeline" else teacher or card["teacher"]
+        backbone = load_backbone(source, dtype=dtype, device=device, size=card.get("size"))
+        network = backbone.network
+    if card["form"] == "lora":
+        network = attach_loras(backbone, network, read_loras(folder, backbone.network_parts)).to(backbone.device)
     backbone.embedded_guidance = card.get("embedded_guidance", backbone.embedded_guidance)
     return Student(backbone, network, grids, card["steps_aware"], card, float(card.get("eta", 1)))
 
 
-def _read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
+def read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    """`fewstep.json` of a student's folder, and its time grids by step count.
+
+    Raises:
+        FewstepError: no student there, or one that this version does not read.
+    """
     path = folder / CARD
     if not path.is_file():
         found = "a pipeline without a student's card" if (folder / "model_index.json").is_file() else "no student"
@@ -149,7 +180,7 @@ def _read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
         )
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        if card["format"] != CARD_FORMAT or card["form"] not in ("pipeline", "lora"):
+        if card["format"] != CARD_FORMAT or card["form"] not in ("pipeline", "lora", "comfyui", "merged"):
             raise ValueError(f"format {card['format']}, form {card['form']}")
         grids = {int(count): torch.tensor(grid, dtype=torch.float64) for count, grid in card["grids"].items()}
         if not grids or any(len(time_grids.validated(grid)) != count + 1 for count, grid in grids.items()):
@@ -161,25 +192,3 @@ def _read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
             f"writes (format {CARD_FORMAT}), fix: export the student again"
         ) from error
     return card, grids
-
-
-def _with_lora(network: nn.Module, folder: Path) -> nn.Module:
-    """`network` with the adapter of `folder` in it, from safetensors."""
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise FewstepError(
-            f"found no adapter_model.safetensors in {folder}, expected a student's LoRA as safetensors (pickles are "
-            "not read), fix: export the student again"
-        )
-    network = inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), network, STUDENT)
-    outcome = set_peft_model_state_dict(network, load_file(weights), adapter_name=STUDENT)
-    missing = [name for name in outcome.missing_keys if f".{STUDENT}." in name]
-    if outcome.unexpected_keys or missing:
-        raise FewstepError(
-            f"found a LoRA in {folder} that does not fit the teacher ({(outcome.unexpected_keys or missing)[0]}), "
-            "expected one tensor per adapted layer, fix: check that the teacher it names is the one it was trained on"
-        )
-    return network.requires_grad_(False).eval()

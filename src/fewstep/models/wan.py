@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
+from fewstep.models.comfyui import wan_key
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import STATES, in_batches, rebuilt, stand_in
 from fewstep.models.recipes import Recipe, Setting
@@ -42,6 +43,7 @@ class Wan(Backbone):
     pipeline_classes = ("WanPipeline",)
     output_name = "frames"
     teacher_guidance = 5.0  # the pipeline's own
+    comfyui_key = staticmethod(wan_key)
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     recipe = Recipe(
         guidance_scale=Setting(5.0, _BLADE),
@@ -114,6 +116,11 @@ class Wan(Backbone):
         if isinstance(network, WanExperts):  # which of the two computes differs from sample to sample
             return super().tapped_blocks(network)
         return blocks_at(list(network.get_submodule("blocks").children()))
+
+    @property
+    def network_parts(self) -> dict[str, str]:
+        both = isinstance(self.network, WanExperts)
+        return {"transformer": "high.", "transformer_2": "low."} if both else super().network_parts
 
     @property
     def feature_width(self) -> int:

@@ -17,6 +17,7 @@ from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
+from fewstep.models.comfyui import same_key
 from fewstep.models.discriminator import blocks_at
 from fewstep.models.pipelines import MASK, STATES, decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
 from fewstep.models.recipes import Recipe, Setting
@@ -30,6 +31,7 @@ class ZImage(Backbone):
 
     pipeline_classes = ("ZImagePipeline",)
     teacher_guidance = 6.0  # the pipeline's guidance_scale 5 unless told
+    comfyui_key = staticmethod(same_key)
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     recipe = Recipe(
         guidance_scale=Setting(6.0),  # the pipeline's own; 1 for Turbo weights
