@@ -12,6 +12,7 @@ from importlib import import_module
 COMMANDS = {
     "distill": "distil a teacher into a few-step student",
     "sample": "draw pictures with a student or the teacher",
+    "serve": "a student behind the OpenAI images API, over HTTP",
     "evaluate": "quality, prompt-following and variety on held-out captions of the embedded data set",
     "compare": "one page that puts teachers and students side by side",
     "msd": "train one of several students, each for a part of the prompts",
