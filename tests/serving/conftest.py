@@ -1,41 +1,23 @@
-"""A live server of a student that needs no network: the picture of (prompt, seed, steps) has one colour."""
+"""Live servers for the tests of this folder, which can import `live_server`."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-
-from fewstep.serving.app import Served, build_app
-from fewstep.serving.limits import Limits
-from fewstep.serving.server import bind, make_server
 
 sys.path.insert(0, str(Path(__file__).parent))
-SIZE = (24, 16)
 
+from live_server import SIZE, Serve, draw  # type: ignore[import-not-found]  # noqa: E402
 
-def colour(prompt: str, seed: int, steps: int) -> tuple[int, ...]:
-    return tuple(hashlib.sha256(f"{prompt} {seed} {steps}".encode()).digest()[:3])
-
-
-def draw(prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Tensor]:
-    """Fails for a prompt that says so, and waits where told to."""
-    if any("fail" in prompt for prompt in prompts):
-        raise RuntimeError("the secret reason")
-    time.sleep(0.5 * any("slow" in prompt for prompt in prompts))
-    colours = [torch.tensor(colour(p, s, steps), dtype=torch.uint8) for p, s in zip(prompts, seeds, strict=True)]
-    return [channels[:, None, None].expand(3, SIZE[1], SIZE[0]) for channels in colours]
-
-
-Serve = Callable[..., str]
+from fewstep.serving.app import Served, build_app  # noqa: E402
+from fewstep.serving.limits import Limits  # noqa: E402
+from fewstep.serving.server import bind, make_server  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +35,7 @@ def serve() -> Iterator[Serve]:
         thread.start()
         running.append((server, thread))
         while not server.started:
+            assert thread.is_alive()
             time.sleep(0.01)
         return f"http://127.0.0.1:{bound.getsockname()[1]}"
 

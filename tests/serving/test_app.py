@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import base64
-import http.client
-import io
-import json
-import socket
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import openai
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, settings
-from PIL import Image
-
-from conftest import SIZE, Serve, colour, draw  # type: ignore[import-not-found]
-
-KEY = "a-key-of-enough-letters"
+from live_server import KEY, Serve, ask, colour, connected, metric, opened  # type: ignore[import-not-found]
 
 
 @pytest.fixture(scope="module")
@@ -32,38 +19,6 @@ def url(serve: Serve) -> str:
 
 def client(url: str, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
-
-
-def ask(url: str, body: Any, path: str = "/v1/images/generations", **headers: str) -> tuple[int, Any, dict[str, str]]:
-    """Status, parsed answer and headers of a POST."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, data, {"Content-Type": "application/json", **headers})
-    answer = connection.getresponse()
-    return answer.status, json.loads(answer.read()), {k.lower(): v for k, v in answer.getheaders()}
-
-
-def connected(url: str) -> socket.socket:
-    return socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 30)
-
-
-def metric(url: str, line: str) -> float:
-    text = urlopen(f"{url}/metrics", timeout=30).read().decode()
-    return sum(float(row.rpartition(" ")[2]) for row in text.splitlines() if row.startswith(line))
-
-
-def wait_for(met: Any) -> None:
-    """Until `met()`; fails after half a minute."""
-    end = time.monotonic() + 30
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def opened(content: bytes) -> Image.Image:
-    picture = Image.open(io.BytesIO(content))
-    assert picture.size == SIZE
-    return picture
 
 
 def test_the_official_client_gets_pictures_inline_and_by_url(url: str) -> None:
@@ -124,7 +79,7 @@ def test_null_means_the_default(url: str) -> None:
         ({"stream": True}, 400, "stream", "invalid_value"),
         ({"model": "dall-e-3"}, 404, "model", "model_not_found"),
         ({"style": "vivid"}, 400, "style", "unknown_parameter"),
-        ({"\ud800" * 100: 1}, 400, "?" * 64, "unknown_parameter"),
+        ({"x" * 100: 1}, 400, "x" * 64, "unknown_parameter"),
     ],
 )
 def test_what_is_not_understood_is_refused_as_openai_does(
@@ -136,8 +91,14 @@ def test_what_is_not_understood_is_refused_as_openai_does(
     assert len(error["message"]) < 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 60000, b'{"prompt": 1e999}'])
-def test_what_is_no_json_object_is_refused(url: str, body: bytes) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 60000, b'{"prompt": 1e999}', b'{"prompt": NaN}',
+        b'{"prompt": "x", "\\ud800": 1}', b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+    ],
+)  # fmt: skip
+def test_no_body_breaks_the_server(url: str, body: bytes) -> None:
     status, answer, _ = ask(url, body)
     assert status == 400
     assert set(answer["error"]) == {"message", "type", "param", "code"}
@@ -188,64 +149,6 @@ def test_the_key_is_asked_for_before_the_body_is_read(serve: Serve, capfd: pytes
     assert KEY not in printed.out + printed.err
 
 
-def test_large_bodies_are_refused_announced_or_not(serve: Serve) -> None:
-    url = serve(body=2000)
-    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    chunk = b"400\r\n" + b" " * 1024 + b"\r\n"
-    for more in (b"Content-Length: 1000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n" + 2 * chunk):
-        with connected(url) as raw:
-            raw.sendall(head + more)  # and no more: the answer must not wait for the rest
-            assert b" 413 " in raw.recv(1000)
-    assert ask(url, {"prompt": "x" * 1900})[0] == 200
-
-
-def test_slow_bodies_are_refused(serve: Serve) -> None:
-    url = serve(body_seconds=0.2)
-    with connected(url) as raw:
-        raw.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
-        assert b" 408 " in raw.recv(1000)
-
-
-class Held:
-    """Draws when it is let."""
-
-    def __init__(self) -> None:
-        self.gate, self.entered, self.drawn = threading.Event(), threading.Event(), []  # type: ignore[var-annotated]
-
-    def __call__(self, prompts: Any, seeds: Any, steps: int) -> Any:
-        self.entered.set()
-        assert self.gate.wait(30)
-        self.drawn += prompts
-        return draw(prompts, seeds, steps)
-
-
-def test_a_full_queue_a_time_out_and_a_client_that_leaves(serve: Serve) -> None:
-    held = Held()
-    url = serve(held, queue=10, timeout=2.0, batch=1, linger=0.0)
-    with ThreadPoolExecutor(4) as others:
-        running = others.submit(ask, url, {"prompt": "running"})
-        assert held.entered.wait(30)
-        with connected(url) as raw:
-            body = json.dumps({"prompt": "leaving", "n": 10}).encode()
-            raw.sendall(
-                b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-            )
-            wait_for(lambda: metric(url, "fewstep_waiting_pictures") == 10)
-            status, answer, headers = ask(url, {"prompt": "refused"})
-            assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
-            assert int(headers["retry-after"]) >= 1
-        wait_for(lambda: metric(url, "fewstep_waiting_pictures") == 0)  # the client left
-        late = others.submit(ask, url, {"prompt": "late"})
-        assert late.result(30)[0] == 504
-        assert metric(url, "fewstep_waiting_pictures") == 0
-        assert running.result(30)[0] == 504
-        held.gate.set()
-        assert ask(url, {"prompt": "after"})[0] == 200
-    assert held.drawn == ["running", "after"]
-    assert metric(url, 'fewstep_requests_total{route="/v1/images/generations",status="499"}') == 1
-
-
 def test_answers_by_url_can_begin_with_a_proxys_address(serve: Serve) -> None:
     url = serve(public_url="https://pictures.example/")
     _, answer, _ = ask(url, {"prompt": "x"}, Host="evil.example")
@@ -270,40 +173,3 @@ def test_metrics_count_routes_that_exist_and_batches(url: str) -> None:
     assert "invented" not in text
     assert 'fewstep_requests_total{route="other",status="404"}' in text
     assert 'fewstep_request_seconds_bucket{le="0.01",route="/v1/images/generations"}' in text
-
-
-def test_many_clients_at_once_lose_nothing(serve: Serve) -> None:
-    url = serve()
-    local = threading.local()
-
-    def one(number: int) -> None:
-        if not hasattr(local, "connection"):
-            local.connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-        body = {"prompt": f"p{number}", "seed": number, "steps": (1, 4)[number % 2], "response_format": "b64_json"}
-        local.connection.request(
-            "POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"}
-        )
-        answer = local.connection.getresponse()
-        content = json.loads(answer.read())
-        assert answer.status == 200, content
-        picture = opened(base64.b64decode(content["data"][0]["b64_json"]))
-        assert picture.getpixel((5, 5)) == colour(f"p{number}", number, (1, 4)[number % 2])
-
-    with ThreadPoolExecutor(16) as clients:
-        assert len(list(clients.map(one, range(160)))) == 160
-    assert metric(url, "fewstep_batch_size_sum") == 160
-    assert metric(url, "fewstep_batch_size_count") < 160  # some were drawn together
-
-
-@pytest.fixture(scope="module")
-def fuzzed_schema(serve: Serve) -> Any:
-    return schemathesis.openapi.from_url(f"{serve(key=KEY)}/openapi.json")
-
-
-fuzzed = schemathesis.pytest.from_fixture("fuzzed_schema")
-
-
-@fuzzed.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_server_keeps_to_its_own_document(case: Any) -> None:
-    case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, timeout=30)

@@ -124,7 +124,7 @@ def refusal_of(error: RequestValidationError) -> Refusal:
     """The first fault of a malformed request; nothing of the request is repeated but the name of a field."""
     fault = error.errors()[0]
     where = [part for part in fault["loc"] if isinstance(part, str)]
-    param = where[1].encode("utf-8", "replace").decode()[:64] if len(where) > 1 else None
+    param = where[1][:64] if len(where) > 1 else None
     if fault["type"] == "json_invalid" or param is None:
         return Refusal(400, "found a body that is no JSON object, expected one with a prompt, fix: send JSON")
     if fault["type"] == "extra_forbidden":

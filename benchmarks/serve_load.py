@@ -1,0 +1,129 @@
+"""What batching is worth: one server that batches against one that draws one picture at a time, in one run.
+
+Starts `fewstep serve` twice on loopback, first with `--batch 1`, then batching, and lets the same clients ask both for
+the same pictures (one a request, each of its own seed, by connections that stay open). Every request has to be
+answered 200 with the picture of its seed; a server that loses one fails this script. Prints pictures per second,
+latencies, the mean size of a batch, and how many pictures differ between the servers (floating-point sums round
+differently in batches, by at most one level of 255). Without `--student` a student of the embedded teacher is trained
+for two iterations first: speed does not depend on how good it is.
+
+    python benchmarks/serve_load.py --requests 1000 --clients 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+
+import numpy as np
+from PIL import Image
+
+import fewstep
+from fewstep.data.prompts import training_captions
+from fewstep.training.options import TrainOptions
+
+
+@dataclass
+class Load:
+    """What one server did."""
+
+    seconds: float
+    latencies: list[float]
+    pictures: dict[int, np.ndarray]
+    batch: float
+    """Mean pictures per batch."""
+
+
+def ask_all(port: int, requests: int, clients: int, steps: int, prompts: list[str]) -> Load:
+    """`requests` requests from `clients` threads; raises if one is not answered with its picture."""
+    local = threading.local()
+    pictures: dict[int, np.ndarray] = {}
+
+    def one(number: int) -> float:
+        if not hasattr(local, "connection"):
+            local.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        started = time.perf_counter()
+        asked = {"prompt": prompts[number % len(prompts)], "seed": number, "steps": steps}
+        body = json.dumps({**asked, "response_format": "b64_json"})
+        local.connection.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+        answer = local.connection.getresponse()
+        content = json.loads(answer.read())
+        if answer.status != 200 or content["data"][0]["seed"] != number:
+            raise RuntimeError(f"found {answer.status} for request {number}: {content}")
+        file = base64.b64decode(content["data"][0]["b64_json"])
+        pictures[number] = np.asarray(Image.open(io.BytesIO(file))).astype(int)
+        return time.perf_counter() - started
+
+    with ThreadPoolExecutor(clients) as crowd:
+        started = time.perf_counter()
+        latencies = list(crowd.map(one, range(requests)))
+        seconds = time.perf_counter() - started
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("GET", "/metrics")
+    rows = dict(row.rsplit(" ", 1) for row in connection.getresponse().read().decode().splitlines() if row[0] != "#")
+    batch = float(rows["fewstep_batch_size_sum"]) / float(rows["fewstep_batch_size_count"])
+    return Load(seconds, latencies, pictures, batch)
+
+
+def load(student: Path, batch: int, told: argparse.Namespace, steps: int) -> Load:
+    """The same on a fresh server, which has to end well afterwards."""
+    words = ["serve", "--student", str(student), "--port", "0", "--batch", str(batch), "--device", told.device]
+    child = subprocess.Popen([sys.executable, "-m", "fewstep", *words], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    port = int(child.stdout.readline().rsplit(":", 1)[1])
+    ask_all(port, told.clients, told.clients, steps, ["warm up"])
+    done = ask_all(port, told.requests, told.clients, steps, training_captions(256))
+    child.terminate()
+    if child.wait(60) != 0:
+        raise RuntimeError(f"found exit code {child.returncode} of a server that was told to end")
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--student", type=Path, help="a student's folder; one of the embedded teacher unless told")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--steps", type=int, help="network calls per picture; the student's most unless told")
+    parser.add_argument("--batch", type=int, default=32, help="pictures in a batch of the server that batches")
+    parser.add_argument("--device", default="cpu")
+    told = parser.parse_args()
+    with tempfile.TemporaryDirectory() as out:
+        student = told.student
+        if student is None:
+            quick = TrainOptions(iterations=2, batch=4, warmup=0, tensorboard=False)
+            fewstep.distill("emoji", "tdm", out=out, train_options=quick)
+            student = Path(out) / "student"
+        steps = told.steps or max(fewstep.load_student(student).grids)
+        loads = {batch: load(student, batch, told, steps) for batch in (1, told.batch)}
+    print(f"{told.requests} requests, {told.clients} clients, {steps} steps, {told.device}, {os.cpu_count()} cores")
+    print("| server | pictures per second | p50, ms | p95, ms | pictures per batch | lost |")
+    print("|---|---|---|---|---|---|")
+    for batch, done in loads.items():
+        cuts = quantiles(done.latencies, n=20)
+        name = "one at a time" if batch == 1 else f"up to {batch} at a time"
+        print(
+            f"| {name} | {told.requests / done.seconds:.1f} | {cuts[9] * 1e3:.0f} | {cuts[18] * 1e3:.0f} | "
+            f"{done.batch:.1f} | {told.requests - len(done.pictures)} |"
+        )
+    single, batched = loads.values()
+    gaps = [int(abs(single.pictures[n] - batched.pictures[n]).max()) for n in range(told.requests)]
+    print(f"batched / one at a time: {single.seconds / batched.seconds:.2f}")
+    print(f"pictures that differ: {sum(gap > 0 for gap in gaps)}, by at most {max(gaps)} of 255")
+
+
+if __name__ == "__main__":
+    main()
