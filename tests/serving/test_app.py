@@ -52,6 +52,11 @@ def test_pictures_in_several_formats(url: str, form: str) -> None:
     assert (answer["output_format"], answer["size"]) == (form, "24x16")
 
 
+def test_whole_numbers_are_integers_however_written(url: str) -> None:
+    _, answer, _ = ask(url, {"prompt": "x", "n": 2.0, "seed": 3.0, "steps": 4.0})
+    assert [picture["seed"] for picture in answer["data"]] == [3, 4]
+
+
 def test_null_means_the_default(url: str) -> None:
     fields = ("n", "size", "steps", "seed", "model", "quality", "response_format", "output_format", "user", "stream")
     status, answer, _ = ask(url, {"prompt": "x", **dict.fromkeys(fields)})

@@ -12,11 +12,19 @@ from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from fewstep.serving.limits import MOST_PICTURES
 
 LARGEST_SEED = 2**32 - 1
+
+
+def _whole(value: Any) -> Any:
+    """2.0 as 2, which are the same number in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
 
 
 class ImageRequest(BaseModel):
@@ -25,8 +33,8 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Annotated[str, Field(min_length=1, max_length=4000, pattern=r"\S", description="What to draw.")]
-    n: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = Field(1, description="Pictures; their seeds count up.")
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = Field(
+    n: Annotated[int, Field(ge=1, le=MOST_PICTURES), _WHOLE] | None = Field(1, description="Pictures; seeds count up.")
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED), _WHOLE] | None = Field(
         None, description="Of the first picture: with prompt and steps it decides every pixel. Random unless told."
     )
     response_format: Literal["url", "b64_json"] | None = Field("url", description="URLs hold for a while.")
@@ -115,7 +123,7 @@ def request_kind(name: str, size: str, steps: Sequence[int]) -> type[ImageReques
     fields: dict[str, Any] = {
         "model": (Literal[name] | None, Field(name, description="The served student.")),
         "size": (Literal["auto", size] | None, Field("auto", description="A student has one size.")),
-        "steps": (Literal[tuple(sorted(steps))] | None, Field(max(steps), description="Network calls.")),
+        "steps": (Annotated[Literal[tuple(sorted(steps))], _WHOLE] | None, Field(max(steps), description="Calls.")),
     }
     return create_model("ImageRequest", __base__=ImageRequest, **fields)
 
