@@ -4,8 +4,11 @@ Starts `fewstep serve` twice on loopback, first with `--batch 1`, then batching,
 the same pictures (one a request, each of its own seed, by connections that stay open). Every request has to be
 answered 200 with the picture of its seed; a server that loses one fails this script. Prints pictures per second,
 latencies, the mean size of a batch, and how many pictures differ between the servers (floating-point sums round
-differently in batches, by at most one level of 255). Without `--student` a student of the embedded teacher is trained
-for two iterations first: speed does not depend on how good it is.
+differently in batches, by at most one level of 255).
+
+`--student tiny` is a random network of two blocks, whose cost is overhead, as a larger one's is on a GPU; `emoji` is a
+student of the embedded teacher, trained for two iterations since speed does not depend on how good it is. One thread of
+a CPU is busy with the latter's arithmetic even for one picture, so that there batching can win little.
 
     python benchmarks/serve_load.py --requests 1000 --clients 32
 """
@@ -29,10 +32,13 @@ from pathlib import Path
 from statistics import quantiles
 
 import numpy as np
+import torch
 from PIL import Image
 
 import fewstep
 from fewstep.data.prompts import training_captions
+from fewstep.embedded.autoencoder import build_autoencoder
+from fewstep.embedded.teacher import build_pipeline, build_text_encoder, build_tokenizer
 from fewstep.training.options import TrainOptions
 
 
@@ -92,9 +98,31 @@ def load(student: Path, batch: int, told: argparse.Namespace, steps: int) -> Loa
     return done
 
 
+def student_of(name: str, out: Path) -> Path:
+    """The folder of the student `name`: made in `out` if it is "tiny" or "emoji"."""
+    if name not in ("tiny", "emoji"):
+        return Path(name)
+    teacher = name
+    if name == "tiny":
+        from diffusers import PixArtTransformer2DModel
+
+        torch.manual_seed(0)
+        tokenizer = build_tokenizer()
+        transformer = PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, num_layers=2, cross_attention_dim=32, in_channels=4,
+            out_channels=8, sample_size=8, patch_size=2, caption_channels=128, use_additional_conditions=False,
+        )  # fmt: skip
+        parts = (build_autoencoder(8), tokenizer, build_text_encoder(len(tokenizer)), transformer)
+        teacher = str(out / "teacher")
+        build_pipeline(*parts).save_pretrained(teacher)
+    options = TrainOptions(iterations=2, batch=4, warmup=0, tensorboard=False)
+    fewstep.distill(teacher, "tdm", out=out / "run", prompts=training_captions(256), train_options=options)
+    return out / "run" / "student"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--student", type=Path, help="a student's folder; one of the embedded teacher unless told")
+    parser.add_argument("--student", default="tiny", help="tiny, emoji, or a student's folder")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--steps", type=int, help="network calls per picture; the student's most unless told")
@@ -102,14 +130,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
-        student = told.student
-        if student is None:
-            quick = TrainOptions(iterations=2, batch=4, warmup=0, tensorboard=False)
-            fewstep.distill("emoji", "tdm", out=out, train_options=quick)
-            student = Path(out) / "student"
+        student = student_of(told.student, Path(out))
         steps = told.steps or max(fewstep.load_student(student).grids)
         loads = {batch: load(student, batch, told, steps) for batch in (1, told.batch)}
-    print(f"{told.requests} requests, {told.clients} clients, {steps} steps, {told.device}, {os.cpu_count()} cores")
+    where = f"{told.device}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s)"
+    print(f"{told.requests} requests, {told.clients} clients, student {told.student}, {steps} steps, {where}")
     print("| server | pictures per second | p50, ms | p95, ms | pictures per batch | lost |")
     print("|---|---|---|---|---|---|")
     for batch, done in loads.items():

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from live_server import SIZE, Serve, draw  # type: ignore[import-not-found]  # noqa: E402
 
-from fewstep.serving.app import Served, build_app  # noqa: E402
+from fewstep.serving.app import build_app  # noqa: E402
 from fewstep.serving.limits import Limits  # noqa: E402
+from fewstep.serving.served import Served  # noqa: E402
 from fewstep.serving.server import bind, make_server  # noqa: E402
 
 

@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> None:
     """Parse, load, serve; returns after SIGTERM or Ctrl-C, when all that was taken is answered."""
     args = parse(Serve, "serve", arguments)
     try:
-        from fewstep.serving.app import build_app, served
+        from fewstep.serving.app import build_app
+        from fewstep.serving.served import served
         from fewstep.serving.server import KEY_VARIABLE, bind, is_loopback, read_key, run
     except ImportError as error:
         raise FewstepError(

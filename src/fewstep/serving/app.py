@@ -8,8 +8,7 @@ import io
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response, Security
@@ -19,13 +18,12 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
-from fewstep.errors import FewstepError
 from fewstep.evaluation.pictures import to_pil
-from fewstep.models.student import Student
 from fewstep.serving.batcher import Batcher, BatchFailed, Closing, QueueFull
 from fewstep.serving.guard import CLIENT_LEFT, Guard
 from fewstep.serving.limits import Limits
 from fewstep.serving.metrics import CONTENT_TYPE, Metrics
+from fewstep.serving.served import Served
 from fewstep.serving.store import PictureStore
 from fewstep.serving.wire import (
     ErrorBody,
@@ -50,45 +48,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Served:
-    """A student as the application needs it."""
-
-    name: str
-    steps: tuple[int, ...]
-    """Numbers of network calls that can be asked."""
-    width: int
-    height: int
-    batch: int
-    """Pictures that fit one batch."""
-    draw: Callable[[Sequence[str], Sequence[int], int], Sequence[Tensor]]
-    """draw(prompts, seeds, steps) -> uint8 pictures (3, H, W) on the CPU, whatever the batch."""
-
-    @property
-    def size(self) -> str:
-        return f"{self.width}x{self.height}"
-
-
-def served(student: Student, name: str) -> Served:
-    """`student` as a server shows it, after one picture drawn, which warms up and shows its size.
-
-    Raises:
-        FewstepError: it draws videos.
-    """
-    if len(student.backbone.latent_shape) == 4:
-        raise FewstepError(
-            "found a student of videos, expected one of pictures, which is all that the images API knows, fix: draw "
-            "videos with `fewstep sample`"
-        )
-
-    def draw(prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Sequence[Tensor]:
-        return list(student.sample(prompts, seeds, steps, batch=len(prompts)))
-
-    steps = tuple(sorted(student.grids))
-    _, height, width = draw(["a picture"], [0], steps[0])[0].shape
-    return Served(name, steps, width, height, student.backbone.sample_batch, draw)
-
-
 def build_app(model: Served, limits: Limits, *, key: str | None = None, public_url: str | None = None) -> FastAPI:
     """The ASGI application; its lifespan runs the batcher, and its end waits for what was taken.
 
@@ -100,7 +59,7 @@ def build_app(model: Served, limits: Limits, *, key: str | None = None, public_u
     """
     limits.validate()
     limits.check_room(model.width, model.height)
-    metrics, kind, started = Metrics(), request_kind(model.name, model.size, model.steps), int(time.time())
+    metrics = Metrics()
     store = PictureStore(limits.keep, limits.keep_megabytes * 2**20, limits.keep_seconds)
     batcher: Batcher[int, Tensor] = Batcher(
         model.draw, largest=limits.batch or model.batch, queue=limits.queue, linger=limits.linger, observe=metrics.batch
@@ -120,19 +79,36 @@ def build_app(model: Served, limits: Limits, *, key: str | None = None, public_u
         is_open=lambda path: path in _OPEN or path.startswith(FILES),
     )  # fmt: skip
     locked = [Security(HTTPBearer(auto_error=False))] if key is not None else []  # said here, checked by the guard
+    _add_images(app, model, limits.timeout, batcher, store, public_url, locked)
+    _add_models(app, model, locked)
+    _add_state(app, batcher, metrics, locked)
+    _add_errors(app)
+    return app
 
-    async def make(told: ImageRequest, steps: int, seeds: list[int]) -> list[bytes]:
+
+def _add_images(
+    app: FastAPI,
+    model: Served,
+    timeout: float,
+    batcher: Batcher[int, Tensor],
+    store: PictureStore,
+    public_url: str | None,
+    locked: list[Any],
+) -> None:
+    """Drawing pictures, and fetching those that were answered by URL."""
+    kind = request_kind(model.name, model.size, model.steps)
+
+    async def make(told: ImageRequest, steps: int, seeds: list[int], form: str) -> list[bytes]:
         pictures = await batcher.submit(told.prompt, seeds, steps)
-        return await asyncio.to_thread(_encoded, pictures, told.output_format or "png")
+        return await asyncio.to_thread(_encoded, pictures, form)
 
     @app.post("/v1/images/generations", response_model_exclude_none=True, dependencies=locked)
     async def generate(told: kind, request: Request) -> Images:  # type: ignore[valid-type]
         """Draw `n` pictures of `prompt`."""
         asked: Any = told
         first = secrets.randbelow(2**32) if asked.seed is None else asked.seed
-        seeds = [first + number for number in range(asked.n or 1)]
-        files = await _within(limits.timeout, make(asked, asked.steps or max(model.steps), seeds), request)
-        form = asked.output_format or "png"
+        seeds, form = [first + number for number in range(asked.n or 1)], asked.output_format or "png"
+        files = await _within(timeout, make(asked, asked.steps or max(model.steps), seeds, form), request)
         data = [Picture(seed=seed) for seed in seeds]
         for picture, file in zip(data, files, strict=True):
             if asked.response_format == "b64_json":
@@ -154,7 +130,10 @@ def build_app(model: Served, limits: Limits, *, key: str | None = None, public_u
         headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
         return Response(kept.content, media_type=kept.media_type, headers=headers)
 
-    card = ModelCard(id=model.name, created=started, size=model.size, steps=list(model.steps))
+
+def _add_models(app: FastAPI, model: Served, locked: list[Any]) -> None:
+    """What there is to ask for."""
+    card = ModelCard(id=model.name, created=int(time.time()), size=model.size, steps=list(model.steps))
 
     @app.get("/v1/models", dependencies=locked)
     async def models() -> ModelList:
@@ -167,6 +146,10 @@ def build_app(model: Served, limits: Limits, *, key: str | None = None, public_u
         if name != model.name:
             raise Refusal(404, "The model does not exist.", "model_not_found", "model")
         return card
+
+
+def _add_state(app: FastAPI, batcher: Batcher[int, Tensor], metrics: Metrics, locked: list[Any]) -> None:
+    """Health, readiness and metrics."""
 
     @app.get("/health")
     async def health() -> State:
@@ -185,6 +168,10 @@ def build_app(model: Served, limits: Limits, *, key: str | None = None, public_u
         """Prometheus' text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's form."""
+
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> JSONResponse:
         return refusal.response()
@@ -200,8 +187,6 @@ def build_app(model: Served, limits: Limits, *, key: str | None = None, public_u
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> JSONResponse:
         return Refusal(500, "found an error of the server, which its log has", "internal_error").response()
-
-    return app
 
 
 async def _within(seconds: float, work: Awaitable[T], request: Request) -> T:

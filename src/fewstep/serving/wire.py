@@ -101,7 +101,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-@dataclass
+@dataclass(eq=False)
 class Refusal(Exception):
     """An answer that is an error."""
 
