@@ -89,12 +89,16 @@ def load(student: Path, batch: int, told: argparse.Namespace, steps: int) -> Loa
     words = ["serve", "--student", str(student), "--port", "0", "--batch", str(batch), "--device", told.device]
     child = subprocess.Popen([sys.executable, "-m", "fewstep", *words], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
-    port = int(child.stdout.readline().rsplit(":", 1)[1])
-    ask_all(port, told.clients, told.clients, steps, ["warm up"])
-    done = ask_all(port, told.requests, told.clients, steps, training_captions(256))
-    child.terminate()
-    if child.wait(60) != 0:
-        raise RuntimeError(f"found exit code {child.returncode} of a server that was told to end")
+    try:
+        port = int(child.stdout.readline().rsplit(":", 1)[1])
+        ask_all(port, told.clients, told.clients, steps, ["warm up"])
+        done = ask_all(port, told.requests, told.clients, steps, training_captions(256))
+        child.terminate()
+        if child.wait(60) != 0:
+            raise RuntimeError(f"found exit code {child.returncode} of a server that was told to end")
+    finally:
+        child.kill()
+        child.wait()
     return done
 
 

@@ -57,6 +57,6 @@ def main(arguments: list[str]) -> None:
         )
     host = f"[{args.host}]" if ":" in args.host else args.host
     steps = ", ".join(map(str, model.steps))
-    print(f"serving {model.name} ({model.size}, steps {steps}) at http://{host}:{bound.getsockname()[1]}", flush=True)
-    run(app, bound, args.limits.timeout)
+    greeting = f"serving {model.name} ({model.size}, steps {steps}) at http://{host}:{bound.getsockname()[1]}"
+    run(app, bound, args.limits.timeout, greeting)
     print("stopped: all that was taken is answered", flush=True)

@@ -80,16 +80,19 @@ def make_server(app: ASGIApp, grace: float) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def run(app: ASGIApp, bound: socket.socket, grace: float) -> None:
+def run(app: ASGIApp, bound: socket.socket, grace: float, greeting: str) -> None:
     """Serve until SIGTERM or SIGINT; then take no more connections, finish what was taken, and return.
 
     Args:
         app: the application.
         bound: what `bind` returned; closed at the end.
         grace: see `make_server`.
+        greeting: printed when the first connection can be made.
     """
     server = make_server(app, grace)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises a signal once more when it has finished; left to Python, that would end us with an error.
         signal.signal(number, server.handle_exit)
+    bound.listen(_CONNECTIONS)
+    print(greeting, flush=True)
     server.run(sockets=[bound])
