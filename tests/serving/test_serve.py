@@ -64,9 +64,9 @@ def test_the_command_serves_and_ends_when_all_is_answered(folder: Path) -> None:
         found = re.fullmatch(r"serving fewstep \(32x32, steps 2\) at (http://127\.0\.0\.1:\d+)\n", line)
         assert found, line + str(child.stderr and child.stderr.read())
         url = found[1]
-        expected = to_pil(fewstep.sample(folder, "a frog", seeds=5)[0])
         body = {"prompt": "a frog", "seed": 5, "response_format": "b64_json"}
-        picture = ask(url, body)[1]["data"][0]["b64_json"]
+        picture = ask(url, body)[1]["data"][0]["b64_json"]  # at once: connections can be made
+        expected = to_pil(fewstep.sample(folder, "a frog", seeds=5)[0])
         assert opened(base64.b64decode(picture), expected.size).tobytes() == expected.tobytes()
         with ThreadPoolExecutor(6) as clients:
             answers = [clients.submit(ask, url, {**body, "n": 10}) for _ in range(6)]
