@@ -109,7 +109,7 @@ def test_sdxl_is_told_the_size_of_every_iteration(tmp_path: Path) -> None:
     assert student.backbone.size == {"width": 16, "height": 24}
     assert student.sample(["a frog"], [1]).shape == (1, 3, 24, 16)
     readme = (tmp_path / "run" / "student" / "README.md").read_text()
-    assert "Trained at the sizes 16x24, 24x16, 16x16 (width x height)" in readme
+    assert "| trained at the sizes (width x height; tell both) | 16x24, 24x16, 16x16 |" in readme
     assert "height=24" in readme
     assert student.card["details"]["sizes"] == SIZES
 
