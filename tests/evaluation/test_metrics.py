@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fewstep.errors import FewstepError
+from fewstep.evaluation import metrics
 from fewstep.evaluation.metrics import (
     KernelDistance,
     density_coverage,
@@ -96,6 +97,17 @@ def test_kernel_distance_is_unbiased_at_zero_and_right_for_a_shift() -> None:
     assert found == pytest.approx(within_a + within_b - 2 * between, rel=0.06)
 
 
+def test_large_sets_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = normal(60, 3, 0), normal(50, 3, 1) + 0.5
+    whole, near = kernel_distance(a, b), density_coverage(a, b) + precision_recall(a, b)
+    monkeypatch.setattr(metrics, "ROWS", 7)
+    assert density_coverage(a, b) + precision_recall(a, b) == pytest.approx(near)
+    monkeypatch.setattr(metrics, "KERNEL_PART", 30)
+    halves = (kernel_distance(a[:30], b[:25]) + kernel_distance(a[30:], b[25:])) / 2
+    assert kernel_distance(a, b) == pytest.approx(halves)
+    assert halves != pytest.approx(whole)
+
+
 def test_density_and_coverage_see_a_planted_mode_loss_and_an_outlier() -> None:
     centres = torch.tensor([[0.0, 0], [20, 0]], dtype=torch.float64)
     real = normal(400, 2, 0) + centres[torch.arange(400) % 2]
@@ -129,6 +141,9 @@ def test_agreement_with_torchmetrics_on_the_same_features() -> None:
     theirs = _compute_fid(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
     assert frechet_distance(a, b) == pytest.approx(float(theirs), abs=1e-4)
     assert kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)), abs=1e-4)
+    a, b = a[:12], b[:14]  # fewer samples than features
+    theirs = _compute_fid(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
+    assert frechet_distance(a, b) == pytest.approx(float(theirs), abs=1e-4)
 
 
 def test_neighbours_agree_with_the_definitions_written_out() -> None:

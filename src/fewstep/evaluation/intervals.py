@@ -1,8 +1,8 @@
 """Confidence intervals by the bootstrap over prompts.
 
-Samples of one prompt are not independent, so whole prompts are drawn with replacement, and a prompt's samples, and those
-of the reference that belong to it, count as often as it was drawn. The draws are the same for the same seed, so two
-models that are scored on the same prompts are resampled alike.
+Samples of one prompt are not independent, so whole prompts are drawn with replacement, and a prompt's samples, and
+those of the reference that belong to it, count as often as it was drawn. The draws are the same for the same seed, so
+two models that are scored on the same prompts are resampled alike.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def drawn_counts(prompts: int, resamples: int, seed: int = 0) -> Tensor:
 def estimate(statistic: Callable[[Tensor], float], counts: Tensor) -> Estimate:
     """The statistic of the prompts as they are, with its interval.
 
-    The percentiles of the resamples are shifted by the resamples' mean minus the value. For a mean that changes nothing;
-    distances are biased upwards once more in a resample, and the shift takes that out. The interval is for the figure at
-    this number of samples, which is itself biased (see `frechet_distance`).
+    The percentiles of the resamples are shifted so that their mean is the value. For a mean that changes nothing;
+    distances are biased upwards once more in a resample, and the shift takes that out. The interval is for the figure
+    at this number of samples, which is itself biased (see `frechet_distance`).
 
     Args:
         statistic: counts of the prompts (P,), float64 -> the figure. Called once for each resample and once more.

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+
+K_DENSITY = 5
+"""Neighbours of density and coverage."""
+KERNEL_PART = 2000
+"""Most samples of a part of `KernelDistance`."""
+ROWS = 2048
+"""Rows of a matrix of distances that are in memory at a time."""
 
 
 def frechet_distance(a: Tensor, b: Tensor, counts_a: Tensor | None = None, counts_b: Tensor | None = None) -> float:
@@ -17,46 +25,57 @@ def frechet_distance(a: Tensor, b: Tensor, counts_a: Tensor | None = None, count
     compare only figures of equal N. `counts_a` (N,) and `counts_b` (M,) say how often each sample counts; once unless
     told.
     """
-    mean_a, cov_a = _moments(a.double(), counts_a)
-    mean_b, cov_b = _moments(b.double(), counts_b)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    (mean_a, a), (mean_b, b) = _centred(a.double(), counts_a), _centred(b.double(), counts_b)
+    if min(len(a), len(b)) < a.shape[1]:
+        cross = torch.linalg.svdvals(a @ b.T).sum()  # the same number; cheaper for few samples
+    else:
+        values, vectors = torch.linalg.eigh(a.T @ a)
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        cross = torch.linalg.eigvalsh(root @ (b.T @ b) @ root).clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
 
 
-def _moments(x: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance (D, D) of samples (N, D), each of which counts so often."""
+def _centred(x: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean (D,) of samples (N, D), each of which counts so often, and a root R (N, D) of their covariance: R^T R."""
     counts = x.new_ones(len(x)) if counts is None else counts.to(x)
     mean = counts @ x / counts.sum()
-    centred = x - mean
-    return mean, (centred * counts[:, None]).T @ centred / (counts.sum() - 1)
+    return mean, (x - mean) * (counts / (counts.sum() - 1)).sqrt()[:, None]
 
 
 class KernelDistance:
     """Kernel distance of two sets of features, (N, D) and (M, D): the KID of Bińkowski et al. 2018.
 
-    The unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 over whole sets, not over random
-    subsets; may be below zero. Kernels are computed once, in float64: N^2 + M^2 + NM numbers.
+    The unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3; may be below zero. Not over random
+    subsets but over whole sets, or the mean of disjoint parts of at most 2000, which is unbiased as well and keeps
+    memory at 48 kB a sample. Kernels are computed once, in float64.
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        a, b = a.double(), b.double()
-
-        def kernel(x: Tensor, y: Tensor) -> Tensor:
-            return (x @ y.T / x.shape[1] + 1) ** 3
-
-        self._aa, self._bb, self._ab = kernel(a, a).fill_diagonal_(0), kernel(b, b).fill_diagonal_(0), kernel(a, b)
+        parts = -(-max(len(a), len(b)) // KERNEL_PART)
+        self._parts = list(zip(a.double().tensor_split(parts), b.double().tensor_split(parts), strict=True))
+        self._kernels = [
+            (_cubic(x, x).fill_diagonal_(0), _cubic(y, y).fill_diagonal_(0), _cubic(x, y)) for x, y in self._parts
+        ]
 
     def __call__(self, counts_a: Tensor | None = None, counts_b: Tensor | None = None) -> float:
         """The distance where each sample counts so often, (N,) and (M,); pairs of one sample with itself never do."""
-        u = self._ab.new_ones(len(self._aa)) if counts_a is None else counts_a.to(self._ab)
-        v = self._ab.new_ones(len(self._bb)) if counts_b is None else counts_b.to(self._ab)
+
+        def split(counts: Tensor | None, side: int) -> Sequence[Tensor]:
+            sizes = [len(part[side]) for part in self._parts]
+            return (torch.ones(sum(sizes)) if counts is None else counts).double().split(sizes)
 
         def within(k: Tensor, w: Tensor) -> Tensor:
             return w @ k @ w / (w.sum().square() - w.square().sum())
 
-        return float(within(self._aa, u) + within(self._bb, v) - 2 * (u @ self._ab @ v) / (u.sum() * v.sum()))
+        found = [
+            within(aa, u) + within(bb, v) - 2 * (u @ ab @ v) / (u.sum() * v.sum())
+            for (aa, bb, ab), u, v in zip(self._kernels, split(counts_a, 0), split(counts_b, 1), strict=True)
+        ]
+        return float(sum(found) / len(found))
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
@@ -78,11 +97,11 @@ class Neighbours:
     """(N,) of the real: 1 where some generated sample is in its ball."""
 
 
-def neighbours(real: Tensor, generated: Tensor, k: int = 3, k_density: int = 5) -> Neighbours:
+def neighbours(real: Tensor, generated: Tensor, k: int = 3, k_density: int = K_DENSITY) -> Neighbours:
     """Features (N, D) and (M, D) -> who lies in whose k-nearest-neighbour balls. Equal N and M advised.
 
-    Precision and recall: Kynkäänniemi et al. 2019, k = 3. Density and coverage: Naeem et al. 2020, k = 5; they withstand
-    single outliers, whose large balls count for all of precision.
+    Precision and recall: Kynkäänniemi et al. 2019, k = 3. Density and coverage: Naeem et al. 2020, k = 5; they
+    withstand single outliers, whose large balls count for all of precision.
 
     Raises:
         FewstepError: not more samples than neighbours.
@@ -94,17 +113,22 @@ def neighbours(real: Tensor, generated: Tensor, k: int = 3, k_density: int = 5) 
         )
     real, generated = real.double(), generated.double()
 
-    def radii(x: Tensor, k: int) -> Tensor:
-        return torch.cdist(x, x).kthvalue(k + 1, dim=1).values
+    def radii(x: Tensor) -> tuple[Tensor, Tensor]:
+        most = max(k, k_density) + 1
+        near = torch.cat([torch.cdist(part, x).topk(most, largest=False).values for part in x.split(ROWS)])
+        return near[:, k], near[:, k_density]  # the nearest is the sample itself
 
-    between = torch.cdist(real, generated)
-    inside, near = between <= radii(real, k)[:, None], between <= radii(real, k_density)[:, None]
-    return Neighbours(
-        precise=inside.any(0).double(),
-        recalled=(between <= radii(generated, k)[None, :]).any(1).double(),
-        density=near.double().sum(0) / k_density,
-        covered=near.any(1).double(),
-    )
+    (of_real, density_balls), (of_generated, _) = radii(real), radii(generated)
+    precise, density = torch.zeros(len(generated), dtype=torch.bool), torch.zeros(len(generated), dtype=torch.float64)
+    recalled, covered = [], []
+    for rows in torch.arange(len(real)).split(ROWS):
+        between = torch.cdist(real[rows], generated)
+        near = between <= density_balls[rows, None]
+        precise |= (between <= of_real[rows, None]).any(0)
+        density += near.sum(0) / k_density
+        recalled.append((between <= of_generated).any(1))
+        covered.append(near.any(1))
+    return Neighbours(precise.double(), torch.cat(recalled).double(), density, torch.cat(covered).double())
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
@@ -116,7 +140,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     return float(found.precise.mean()), float(found.recalled.mean())
 
 
-def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float, float]:
+def density_coverage(real: Tensor, generated: Tensor, k: int = K_DENSITY) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020); features (N, D), (M, D); see `neighbours`."""
     found = neighbours(real, generated, k, k)
     return float(found.density.mean()), float(found.covered.mean())
