@@ -97,6 +97,19 @@ def test_kernel_distance_is_unbiased_at_zero_and_right_for_a_shift() -> None:
     assert found == pytest.approx(within_a + within_b - 2 * between, rel=0.06)
 
 
+def test_sets_of_the_same_prompts_are_no_closer_than_their_laws() -> None:
+    """Each prompt has a place of its own, and both sets one sample there: equal laws, so zero in the mean."""
+    prompts = torch.arange(20)
+    plain, right = [], []
+    for s in range(40):
+        places = 2 * normal(20, 3, 500 + s)
+        a, b = places + 0.1 * normal(20, 3, 600 + s), places + 0.1 * normal(20, 3, 700 + s)
+        plain.append(kernel_distance(a, b))
+        right.append(KernelDistance(a, b, (prompts, prompts))())
+    assert sum(plain) / 40 < -3
+    assert abs(sum(right) / 40) < 0.3
+
+
 def test_large_sets_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = normal(60, 3, 0), normal(50, 3, 1) + 0.5
     whole, near = kernel_distance(a, b), density_coverage(a, b) + precision_recall(a, b)

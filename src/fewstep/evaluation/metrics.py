@@ -47,35 +47,38 @@ class KernelDistance:
 
     The unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3; may be below zero. Not over random
     subsets but over whole sets, or the mean of disjoint parts of at most 2000, which is unbiased as well and keeps
-    memory at 48 kB a sample. Kernels are computed once, in float64.
+    memory at 96 kB a sample. Kernels are computed once, in float64.
+
+    Where both sets are of the same prompts, samples of one prompt are alike, also across the sets; that alone would
+    make the distance negative. `prompts`, (N,) and (M,), says which sample is of which, and pairs of one prompt are
+    left out of all three means: unbiased again.
     """
 
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        parts = -(-max(len(a), len(b)) // KERNEL_PART)
-        self._parts = list(zip(a.double().tensor_split(parts), b.double().tensor_split(parts), strict=True))
-        self._kernels = [
-            (_cubic(x, x).fill_diagonal_(0), _cubic(y, y).fill_diagonal_(0), _cubic(x, y)) for x, y in self._parts
-        ]
+    def __init__(self, a: Tensor, b: Tensor, prompts: tuple[Tensor, Tensor] | None = None) -> None:
+        self._count = -(-max(len(a), len(b)) // KERNEL_PART)
+        self._kernels = []
+        of_a, of_b = prompts or (torch.arange(len(a)), torch.arange(len(a), len(a) + len(b)))
+        for x, y, p, q in zip(*(self._split(t) for t in (a.double(), b.double(), of_a, of_b)), strict=True):
+            masks = [(u[:, None] != v).double() for u, v in ((p, p), (q, q), (p, q))]
+            found = [(x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((x, x), (y, y), (x, y))]
+            self._kernels.append([(k * mask, mask) for k, mask in zip(found, masks, strict=True)])
+        self._sizes = len(a), len(b)
 
     def __call__(self, counts_a: Tensor | None = None, counts_b: Tensor | None = None) -> float:
         """The distance where each sample counts so often, (N,) and (M,); pairs of one sample with itself never do."""
-
-        def split(counts: Tensor | None, side: int) -> Sequence[Tensor]:
-            sizes = [len(part[side]) for part in self._parts]
-            return (torch.ones(sum(sizes)) if counts is None else counts).double().split(sizes)
-
-        def within(k: Tensor, w: Tensor) -> Tensor:
-            return w @ k @ w / (w.sum().square() - w.square().sum())
-
-        found = [
-            within(aa, u) + within(bb, v) - 2 * (u @ ab @ v) / (u.sum() * v.sum())
-            for (aa, bb, ab), u, v in zip(self._kernels, split(counts_a, 0), split(counts_b, 1), strict=True)
-        ]
+        counts_a = torch.ones(self._sizes[0]) if counts_a is None else counts_a
+        counts_b = torch.ones(self._sizes[1]) if counts_b is None else counts_b
+        parts = zip(self._kernels, self._split(counts_a.double()), self._split(counts_b.double()), strict=True)
+        found = []
+        for kernels, u, v in parts:
+            aa, bb, ab = (
+                x @ k @ y / (x @ mask @ y) for (k, mask), x, y in zip(kernels, (u, v, u), (u, v, v), strict=True)
+            )
+            found.append(aa + bb - 2 * ab)
         return float(sum(found) / len(found))
 
-
-def _cubic(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        return x.tensor_split(self._count)
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:

@@ -181,7 +181,9 @@ def _distances(name: str, features: Tensor, theirs: Tensor, by_prompt: bool, cou
     def of_real(count: Tensor) -> Tensor | None:
         return count.repeat_interleave(len(real) // prompts) if by_prompt else None
 
-    kernel, near = KernelDistance(real, generated), neighbours(real, generated)
+    each = torch.arange(prompts)
+    same = (each.repeat_interleave(len(real) // prompts), each.repeat_interleave(len(generated) // prompts))
+    kernel, near = KernelDistance(real, generated, same if by_prompt else None), neighbours(real, generated)
 
     def share(each: Tensor, resampled: bool) -> Estimate:
         return mean_of(each.view(prompts, -1).mean(1), counts) if resampled else Estimate(float(each.mean()))

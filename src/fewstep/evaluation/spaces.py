@@ -69,7 +69,7 @@ def _dinov2(source: str, device: torch.device) -> Embed:
     source = source or DINOV2
     network = pretrained(Dinov2Model, source, device)
     prepare = Preparation.of(source)
-    return lambda images: in_batches(lambda part: network(prepare(part.to(device))).pooler_output, images)
+    return lambda images: in_batches(lambda part: network(prepare(part).to(device)).pooler_output, images)
 
 
 def _inception(source: str, device: torch.device) -> Embed:
@@ -151,14 +151,14 @@ class Preparation:
             ) from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> (N, 3, crop, crop), bicubic with antialiasing."""
+        """uint8 (N, 3, H, W) on the CPU -> (N, 3, crop, crop), bicubic with antialiasing in bytes, as Pillow does it."""
         height, width = images.shape[2:]
         scale = self.size / min(height, width)
         sides = (max(self.crop, int(height * scale)), max(self.crop, int(width * scale)))
-        small = interpolate(images.float(), size=sides, mode="bicubic", antialias=True).round().clamp(0, 255)
+        small = interpolate(images, size=sides, mode="bicubic", antialias=True)
         top, left = (sides[0] - self.crop) // 2, (sides[1] - self.crop) // 2
-        middle = small[:, :, top : top + self.crop, left : left + self.crop] / 255
-        mean, std = (images.new_tensor(x, dtype=torch.float32).view(1, 3, 1, 1) for x in (self.mean, self.std))
+        middle = small[:, :, top : top + self.crop, left : left + self.crop].float() / 255
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (self.mean, self.std))
         return (middle - mean) / std
 
 
@@ -180,7 +180,7 @@ class Clip:
         """uint8 (N, 3, H, W) -> (N, D), not normalised."""
 
         def embed(part: Tensor) -> Tensor:
-            pooled = self.network.vision_model(self.prepare(part.to(self.network.device))).pooler_output
+            pooled = self.network.vision_model(self.prepare(part).to(self.network.device)).pooler_output
             return self.network.visual_projection(pooled)
 
         return in_batches(embed, images)
