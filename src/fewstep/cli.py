@@ -12,7 +12,7 @@ from importlib import import_module
 COMMANDS = {
     "distill": "distil a teacher into a few-step student",
     "sample": "draw pictures with a student or the teacher",
-    "evaluate": "quality, prompt-following and variety on held-out captions of the embedded data set",
+    "evaluate": "quality against network calls, relative to the teacher, with intervals",
     "compare": "one page that puts teachers and students side by side",
     "msd": "train one of several students, each for a part of the prompts",
     "methods": "the methods: paper, what they need, network forwards per iteration",

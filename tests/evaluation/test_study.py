@@ -119,8 +119,21 @@ def test_planted_loss_of_variety_shows_with_its_interval() -> None:
     assert ratios[1].low < 0.5 < ratios[1].high < 0.6
     assert ratios[2].high < 1e-3
     assert rows[0]["kernel/x"].low < 0 < rows[0]["kernel/x"].high
-    assert rows[2]["coverage/x"].high < rows[0]["coverage/x"].low
-    assert rows[0]["frechet/x"].value < rows[2]["frechet/x"].low
+
+
+def test_planted_mode_loss_shows_with_its_interval() -> None:
+    """Forty prompts, two samples each; every second sample lies in a second mode, which the student has lost."""
+    counts, second = drawn_counts(40, 100), 20.0 * (torch.arange(80) % 2)[:, None]
+    reference = Reference({"x": (normal(80, 4, seed=1) + second)[:, None]}, by_prompt=True)
+    whole = quality(Measured({"x": (normal(80, 4, seed=2) + second)[:, None]}), counts, reference=reference)
+    lost = quality(Measured({"x": normal(80, 1, 4, seed=3)}), counts, reference=reference)
+    for name in ("recall/x", "coverage/x"):
+        assert lost[name].value <= 0.5
+        assert lost[name].high < 0.6 < whole[name].low
+    assert lost["precision/x"].low > 0.8
+    # Half of the mass is 20 away along each of four axes: (10^2 of the mean, and about 10^2 of the spread) x 4.
+    assert lost["frechet/x"].value == pytest.approx(800, rel=0.15)
+    assert whole["frechet/x"].high < 10
 
 
 def test_each_sample_meets_its_own_prompt_and_partner() -> None:

@@ -65,11 +65,11 @@ def main(arguments: list[str]) -> None:
         subject = Subject(model, args.student)
         steps = args.steps or tuple(sorted(model.grids))
     source = args.teacher or (args.student if isinstance(model, Teacher) else model.card["teacher"])
-    teacher = model if source == args.student else load(source, device)
-    if not isinstance(teacher, Teacher):
-        raise FewstepError(f"found a student at {source}, expected a teacher, fix: change --teacher")
+    teacher: Subject | None = subject
+    if source != args.student:
+        teacher = Subject(load(source, device), source) if args.needs_teacher else None
     results = study(
-        subject, Subject(teacher, teacher.backbone.source), prompts, steps, args, captions=captions,
+        subject, teacher, prompts, steps, args, captions=captions,
         guidance_scale=args.guidance_scale,
     )  # fmt: skip
     if results is None:

@@ -151,7 +151,7 @@ class Preparation:
             ) from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) on the CPU -> (N, 3, crop, crop), bicubic with antialiasing in bytes, as Pillow does it."""
+        """uint8 (N, 3, H, W) on the CPU -> (N, 3, crop, crop), bicubic with antialiasing in bytes, as in Pillow."""
         height, width = images.shape[2:]
         scale = self.size / min(height, width)
         sides = (max(self.crop, int(height * scale)), max(self.crop, int(width * scale)))

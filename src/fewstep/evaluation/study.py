@@ -54,6 +54,11 @@ class StudyOptions:
     vbench: Path | None = None
     """Folder to lay out the videos in as VBench expects them; needs the extra `video`."""
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher may have to be sampled."""
+        return self.paired or self.reference == TEACHER
+
     def validate(self) -> None:
         """FewstepError that names the first option out of range."""
         for name, least in (("per_prompt", 1), ("seed", 0), ("resamples", 0)):
@@ -78,7 +83,7 @@ class Subject:
     def drawn(self, folder: Path, steps: int, guidance_scale: float | None) -> SampleSet:
         """Its samples with so many steps; guidance is told for teachers."""
         kind = "teacher" if isinstance(self.model, Teacher) else "student"
-        told = {"kind": kind, "fingerprint": fingerprint(self.source), "source": Path(self.source).name, "steps": steps}
+        told = {"kind": kind, "fingerprint": fingerprint(self.source), "steps": steps}
         return SampleSet(folder, told | {"guidance_scale": guidance_scale, "size": self.model.backbone.size})
 
 
@@ -97,7 +102,7 @@ class Result:
 
 def study(
     subject: Subject,
-    teacher: Subject,
+    teacher: Subject | None,
     prompts: Sequence[str],
     steps: Sequence[int],
     options: StudyOptions,
@@ -109,7 +114,7 @@ def study(
 
     Args:
         subject: the student, or a teacher itself.
-        teacher: what it is compared with, at its usual steps and guidance.
+        teacher: what it is compared with, at its usual steps and guidance; None where `needs_teacher` says no.
         prompts: P prompts, more than 5.
         steps: step counts.
         options: how.
@@ -123,6 +128,8 @@ def study(
         FewstepError: bad options or missing weights, before any work.
     """
     options.validate()
+    if options.needs_teacher and (teacher is None or not isinstance(teacher.model, Teacher)):
+        raise FewstepError("found no teacher to compare with, expected one, fix: pass --teacher, or --reference FOLDER")
     _check(subject, prompts, steps, options, captions)
     device = subject.model.backbone.device
     spaces = dict(load_space(spec, device) for spec in options.spaces)
@@ -134,16 +141,18 @@ def study(
 
     if isinstance(subject.model, Teacher) and guidance_scale is None:
         guidance_scale = subject.model.guidance_scale
-    usual = (teacher.model.steps, teacher.model.guidance_scale) if isinstance(teacher.model, Teacher) else (0, None)
     sets = {count: subject.drawn(options.samples, count, guidance_scale) for count in steps}
-    teachers = teacher.drawn(options.samples, *usual) if wants_teacher or options.paired else None
+    teachers, usual, usual_scale = None, 0, None
+    if teacher is not None and isinstance(teacher.model, Teacher) and (wants_teacher or options.paired):
+        usual, usual_scale = teacher.model.steps, teacher.model.guidance_scale
+        teachers = teacher.drawn(options.samples, usual, usual_scale)
     with process_group(device) as group:
         for count, drawn in sets.items():
             _complete(drawn, subject, count, guidance_scale, plan, group)
-        if teachers is not None:
+        if teacher is not None and teachers is not None:
             for each, wanted in ((others, wants_teacher), (plan, options.paired)):
                 if wanted:
-                    _complete(teachers, teacher, usual[0], usual[1], each, group)
+                    _complete(teachers, teacher, usual, usual_scale, each, group)
     if not group.leads:
         return None
 
@@ -165,11 +174,11 @@ def study(
         reference = Reference({"judge": reference_features()[: len(prompts), None]}, True)
 
     results = {}
-    paired = found(teachers, plan) if options.paired and teachers is not None else None
-    if paired is not None:
+    paired = None
+    if options.paired and teacher is not None and teachers is not None:
+        paired = found(teachers, plan)
         row = quality(paired, counts, reference=reference, captions=shown)
-        cost = measure_cost(teacher.model, prompts[0], usual[0])
-        results[TEACHER] = Result(usual[0], row, cost)
+        results[TEACHER] = Result(usual, row, measure_cost(teacher.model, prompts[0], usual))
     for count, drawn in sets.items():
         measured = found(drawn, plan, teachers if paired is not None else None)
         row = quality(measured, counts, reference=reference, paired=paired, captions=shown)

@@ -176,8 +176,8 @@ def train(
             stack.enter_context(folder.locked(out))
             folder.begin(out, run, {"options": asdict(options)}, resume=resume)
         start = state.restore(out / "checkpoints", group, options.iterations)
-        told = {"tensorboard": options.tensorboard, "tracker": options.tracker, "configuration": run}
-        log = stack.enter_context(closing(Log(out, start, **told))) if group.leads else None
+        kept: dict[str, Any] = {"tensorboard": options.tensorboard, "tracker": options.tracker, "configuration": run}
+        log = stack.enter_context(closing(Log(out, start, **kept))) if group.leads else None
         progress = stack.enter_context(closing(Progress(options.iterations, start, shown=group.leads)))
         meter = Meter(networks, options.batch, device)
         saved = out / "checkpoints" / f"{start:06d}"
