@@ -31,6 +31,12 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.06 * half)
 
 
+def test_what_every_resample_adds_is_taken_out() -> None:
+    counts = drawn_counts(20, 50)
+    found = estimate(lambda count: 3.0 if bool((count == 1).all()) else 7.0, counts)
+    assert found == Estimate(3.0, 3.0, 3.0)
+
+
 def test_no_resamples_give_no_interval() -> None:
     assert mean_of(torch.tensor([1.0, 2.0]), drawn_counts(2, 0)) == Estimate(1.5)
     assert str(Estimate(1.5)) == "1.5"

@@ -15,6 +15,7 @@ from fewstep.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     mmd,
+    neighbours,
     precision_recall,
     sliced_wasserstein,
     spread,
@@ -170,5 +171,8 @@ def test_neighbours_agree_with_the_definitions_written_out() -> None:
     density = sum(gaps[i][j] <= balls[i] for i in range(30) for j in range(25)) / (5 * 25)
     coverage = sum(min(gaps[i]) <= balls[i] for i in range(30)) / 30
     assert density_coverage(real, made) == pytest.approx((density, coverage))
+    both = neighbours(real, made)
+    assert float(both.density.mean()) == pytest.approx(density)
+    assert float(both.covered.mean()) == pytest.approx(coverage)
     recall = sum(any(gaps[i][j] <= ball(made, j, 3) for j in range(25)) for i in range(30)) / 30
     assert precision_recall(real, made)[1] == pytest.approx(recall)
