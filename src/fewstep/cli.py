@@ -14,7 +14,7 @@ COMMANDS = {
     "cache": "encode prompts to disk ahead of distillations",
     "sample": "draw pictures with a student or the teacher",
     "serve": "a student behind the OpenAI images API, over HTTP",
-    "evaluate": "quality, prompt-following and variety on held-out captions of the embedded data set",
+    "evaluate": "quality against network calls, relative to the teacher, with intervals",
     "export": "a student as a diffusers pipeline, a LoRA for diffusers or ComfyUI, or merged weights",
     "compare": "one page that puts teachers and students side by side",
     "msd": "train one of several students, each for a part of the prompts",

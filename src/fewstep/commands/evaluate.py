@@ -1,60 +1,87 @@
-"""`fewstep evaluate`: numbers for students and the embedded teacher."""
+"""`fewstep evaluate`: numbers for students and teachers, with intervals."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fewstep.api import EMOJI
 from fewstep.commands.common import choose_device, guidance, load, parse
-from fewstep.evaluation.run import Evaluated, evaluate_scenes, record
+from fewstep.data.prompts import read_prompts
+from fewstep.errors import FewstepError
+from fewstep.evaluation.compare import Entry
+from fewstep.evaluation.pictures import replace_file
+from fewstep.evaluation.scenes import evaluation_captions
+from fewstep.evaluation.study import Result, StudyOptions, Subject, study
+from fewstep.evaluation.table import quality_curve, quality_table
 from fewstep.models.teacher import Teacher
 
 
-@dataclass(kw_only=True)
-class Evaluate:
-    """Score samples for held-out captions against the teacher's guided 50-step samples (shipped features)."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(StudyOptions):
+    """Score samples against the teacher's, or against pictures, with 95 % intervals over prompts.
+
+    Samples are kept and never drawn twice. Under torchrun all processes draw, the first one scores.
+    """
 
     student: str = EMOJI
-    """A student's folder, or `emoji` for the teacher itself."""
+    """A student's folder; or a teacher: `emoji`, a pipeline folder or a Hub id."""
+    teacher: str = ""
+    """What to compare with, likewise; the one the student was made from unless told."""
     steps: tuple[int, ...] = ()
-    """Step counts to score; the model's own unless told."""
+    """Step counts to score, such as 1 2 4 8; the model's own unless told."""
     guidance_scale: float | None = None
-    """For the teacher only: 1 means none."""
+    """For a teacher in the place of the student only: 1 means none."""
+    prompts: Path | None = None
+    """Text file with one prompt a line; held-out captions for the embedded teacher and its students unless told."""
     count: int = 256
-    """Images per step count, 16 to the size of the reference set; compare only figures of equal count."""
-    seed: int = 0
-    """Seed of the noise."""
+    """Prompts, 6 or more; compare only figures of equal count."""
     out: Path | None = None
-    """JSON file for the numbers."""
+    """JSON file for the numbers; beside it .png gets quality against network calls."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, evaluate, print a table."""
+    """Parse, draw, score, print a table."""
     args = parse(Evaluate, "evaluate", arguments)
-    model = load(args.student, choose_device(args.device))
-    more = guidance(model, args.guidance_scale)
-    rows = {}
-    default = (model.steps,) if isinstance(model, Teacher) else tuple(sorted(model.grids))
-    for steps in args.steps or default:
-        result = evaluate_scenes(model, steps=steps, count=args.count, seed=args.seed, **more)
-        rows[f"{steps} steps"] = result
-        print(line(f"{steps} steps", result), flush=True)
+    args.validate()
+    device = choose_device(args.device)
+    model = load(args.student, device)
+    guidance(model, args.guidance_scale)
+    embedded = Entry("", model, 1).of_embedded
+    if args.prompts is None and not embedded:
+        raise FewstepError(
+            f"found no prompts for {args.student}, expected some, since only the embedded teacher has captions of its "
+            "own, fix: pass --prompts FILE"
+        )
+    captions = evaluation_captions(args.count) if args.prompts is None else None
+    prompts = [str(c) for c in captions] if captions else read_prompts(args.prompts or "")[: args.count]
+    if isinstance(model, Teacher):
+        subject = Subject(model, model.backbone.source)
+        steps = args.steps or (model.steps,)
+    else:
+        subject = Subject(model, args.student)
+        steps = args.steps or tuple(sorted(model.grids))
+    source = args.teacher or (args.student if isinstance(model, Teacher) else model.card["teacher"])
+    teacher: Subject | None = subject
+    if source != args.student:
+        teacher = Subject(load(source, device), source) if args.needs_teacher else None
+    results = study(
+        subject, teacher, prompts, steps, args, captions=captions,
+        guidance_scale=args.guidance_scale,
+    )  # fmt: skip
+    if results is None:
+        return
+    quality_table(results, f"{args.student}: {len(prompts)} prompts, {args.per_prompt} of each, seed {args.seed}")
     if args.out:
-        numbers = {name: record(result) for name, result in rows.items()}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(numbers, indent=1) + "\n")
+        write_results(args.out, args, results)
 
 
-def line(name: str, result: Evaluated) -> str:
-    """One line of the printed table."""
-    s = result.scores
-    even = ", ".join(f"{attribute} {value:.2f}" for attribute, value in s.evenness.items())
-    return (
-        f"{name:<12} calls {result.calls:>3}  frechet {s.frechet:8.3f}  following {100 * s.following:5.1f} %  thing "
-        f"{100 * s.thing:5.1f} %  precision {s.precision:.3f}  recall {s.recall:.3f}  contrast "
-        f"{s.contrast:.3f}  clipped {100 * s.clipped:4.1f} %  evenness: {even}"
-    )
+def write_results(out: Path, args: Evaluate, results: dict[str, Result]) -> None:
+    """The numbers as JSON, and a picture of them beside it."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+    rows = {name: result.record() for name, result in results.items()}
+    replace_file(out, (json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n").encode())
+    replace_file(out.with_suffix(".png"), quality_curve(results))

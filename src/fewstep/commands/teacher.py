@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.common import choose_device, parse
-from fewstep.commands.evaluate import line
 from fewstep.data.build_sprites import build_sprites
 from fewstep.embedded.build import JUDGE_FILE, REFERENCE_FILE, BuildOptions, build_teacher, shipped
 from fewstep.embedded.card import write_card
 from fewstep.embedded.judge import Judge
 from fewstep.embedded.teacher import TeacherOptions
 from fewstep.errors import FewstepError
-from fewstep.evaluation.run import evaluate_scenes, record, reference_features, sample_reference
+from fewstep.evaluation.run import evaluate_scenes, line, record, reference_features, sample_reference
 
 USAGE = """usage: fewstep teacher ACTION [OPTIONS]
 

@@ -90,6 +90,17 @@ def evaluate_scenes(
     return Evaluated(score_scenes(judge, images, captions, reference), calls, seconds)
 
 
+def line(name: str, result: Evaluated) -> str:
+    """One line of a printed table."""
+    s = result.scores
+    even = ", ".join(f"{attribute} {value:.2f}" for attribute, value in s.evenness.items())
+    return (
+        f"{name:<12} calls {result.calls:>3}  frechet {s.frechet:8.3f}  following {100 * s.following:5.1f} %  thing "
+        f"{100 * s.thing:5.1f} %  precision {s.precision:.3f}  recall {s.recall:.3f}  contrast "
+        f"{s.contrast:.3f}  clipped {100 * s.clipped:4.1f} %  evenness: {even}"
+    )
+
+
 def record(result: Evaluated) -> dict[str, Any]:
     """Everything about an evaluation, for JSON."""
     scores = result.scores

@@ -8,6 +8,7 @@ reference. Variety is exact: where a caption leaves an attribute open, the data 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,10 +78,9 @@ def score_scenes(judge: Judge, images: Tensor, captions: list[Caption], referenc
     features, named = judge_features(judge, images)
     size = min(len(features), len(reference))
     precision, recall = precision_recall(reference[:size], features[:size])
-    right = np.array(
-        [[named[i, a] in c.choices(name) for a, name in enumerate(ATTRIBUTES)] for i, c in enumerate(captions)]
-    )
-    histograms = {name: _histogram(named[:, a], captions, name) for a, name in enumerate(ATTRIBUTES) if name != "thing"}
+    right = named_rightly(named, captions)
+    contrast, clipped = contrast_and_clipping(images)
+    histograms = {name: histogram(named[:, a], captions, name) for a, name in enumerate(ATTRIBUTES) if name != "thing"}
     return SceneScores(
         images=size,
         frechet=frechet_distance(reference[:size], features[:size]),
@@ -88,19 +88,36 @@ def score_scenes(judge: Judge, images: Tensor, captions: list[Caption], referenc
         recall=recall,
         following=float(right.all(1).mean()),
         thing=float(right[:, 0].mean()),
-        contrast=float(images.flatten(1).float().std(1).mean()) / 255,
-        clipped=float(((images <= 1) | (images >= 254)).float().mean()),
-        evenness={name: _evenness(shares) for name, shares in histograms.items()},
+        contrast=float(contrast.mean()),
+        clipped=float(clipped.mean()),
+        evenness={name: evenness(shares) for name, shares in histograms.items()},
         histograms=histograms,
     )
 
 
-def _histogram(named: np.ndarray, captions: list[Caption], attribute: str) -> list[float]:
-    """Shares of an attribute's values among the images whose caption leaves it wholly open."""
+def named_rightly(named: np.ndarray, captions: Sequence[Caption]) -> np.ndarray:
+    """Attributes (N, 4) that the judge named -> whether each agrees with the caption, (N, 4)."""
+    return np.array(
+        [[named[i, a] in c.choices(name) for a, name in enumerate(ATTRIBUTES)] for i, c in enumerate(captions)]
+    )
+
+
+def contrast_and_clipping(images: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 (N, ...) -> of each sample the standard deviation of its values in [0, 1], the share of black or white."""
+    flat = images.flatten(1)
+    return flat.float().std(1) / 255, ((flat <= 1) | (flat >= 254)).float().mean(1)
+
+
+def histogram(
+    named: np.ndarray, captions: Sequence[Caption], attribute: str, counts: np.ndarray | None = None
+) -> list[float]:
+    """Shares of an attribute's values (N,) among the images whose caption leaves it wholly open, each counted so."""
     is_open = np.array([len(c.choices(attribute)) == COUNTS[attribute] for c in captions])
-    counts = np.bincount(named[is_open], minlength=COUNTS[attribute])
-    return [float(n) for n in counts / max(1, counts.sum())]
+    weights = None if counts is None else counts[is_open]
+    found = np.bincount(named[is_open], weights, minlength=COUNTS[attribute])
+    return [float(n) for n in found / max(1, found.sum())]
 
 
-def _evenness(shares: list[float]) -> float:
+def evenness(shares: Sequence[float]) -> float:
+    """Entropy of shares over that of the uniform law."""
     return -sum(p * math.log(p) for p in shares if p > 0) / math.log(len(shares))

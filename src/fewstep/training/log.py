@@ -1,42 +1,59 @@
-"""The log: one JSON line per logged iteration, and the same numbers as TensorBoard events."""
+"""The log: one JSON line per logged iteration, and the same numbers for TensorBoard and other trackers."""
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.training.checkpoint import sync, write_text
+from fewstep.training.trackers import TensorBoard, Tracker, make_tracker
 
 
 class Log:
-    """Writes `log.jsonl` (and `tensorboard/`) in the run's folder.
+    """Writes `log.jsonl` (and `tensorboard/`) in the run's folder, and tells a tracker.
 
     Opening it at `iteration` drops every line after that iteration, and a line torn by a kill, so that a resumed run
     has each line exactly once. Keys: loss/, gradient_norm/, rate/, metric/, forwards/, evaluate/ are the same in
     every repetition of a run; time/ and memory/ are not. A number that is not finite is written as null, which JSON
-    has.
+    has. A tracker that fails is warned about and told nothing more; the run and its `log.jsonl` go on.
     """
 
-    def __init__(self, folder: Path, iteration: int, *, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        iteration: int,
+        *,
+        tensorboard: bool,
+        tracker: str = "none",
+        configuration: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = folder / "log.jsonl"
         _keep_until(self.path, iteration)
         self._file = self.path.open("a")
-        self._events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+        self._trackers: list[Tracker] = [TensorBoard()] if tensorboard else []
+        if tracker != "none":
+            self._trackers.append(make_tracker(tracker))
+        for each in self._trackers:
+            each.start(folder, configuration or {}, iteration)
 
     def write(self, iteration: int, record: Mapping[str, float]) -> None:
         """Appends one line; it is in the file (not yet forced to disk) when this returns."""
         numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
         self._file.flush()
-        if self._events is not None:
-            for name, value in record.items():
-                self._events.add_scalar(name, value, iteration)
+        for each in list(self._trackers):
+            try:
+                each.log(iteration, record)
+            except Exception as error:
+                self._trackers.remove(each)
+                warnings.warn(
+                    f"{type(each).__name__} failed at iteration {iteration} and is told nothing more: {error!r}",
+                    stacklevel=2,
+                )
 
     def sync(self) -> None:
         """Forces the lines so far to disk; called before a checkpoint that counts on them."""
@@ -44,8 +61,8 @@ class Log:
 
     def close(self) -> None:
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for each in self._trackers:
+            each.finish()
 
 
 def read_log(path: Path) -> list[dict[str, float | None]]:

@@ -29,6 +29,7 @@ from fewstep.training.parallel import Group, process_group
 from fewstep.training.progress import Progress
 from fewstep.training.signals import Stopped, StopRequest
 from fewstep.training.state import State
+from fewstep.training.trackers import make_tracker
 from fewstep.training.trainee import Trainee, Update
 
 Data = Callable[[int, Tensor], Condition]
@@ -183,7 +184,8 @@ def train(
             stack.enter_context(folder.locked(out))
             folder.begin(out, run, {"options": asdict(options)}, resume=resume)
         start = state.restore(out / "checkpoints", group, options.iterations)
-        log = stack.enter_context(closing(Log(out, start, tensorboard=options.tensorboard))) if group.leads else None
+        kept: dict[str, Any] = {"tensorboard": options.tensorboard, "tracker": options.tracker, "configuration": run}
+        log = stack.enter_context(closing(Log(out, start, **kept))) if group.leads else None
         progress = stack.enter_context(closing(Progress(options.iterations, start, shown=group.leads)))
         meter = Meter(networks, options.batch, device)
         saved = out / "checkpoints" / f"{start:06d}"
@@ -297,6 +299,8 @@ def _validate(
 ) -> None:
     """Refuses what cannot work, before any work."""
     options.validate()
+    if options.tracker != "none":
+        make_tracker(options.tracker)  # refuses an unknown one, or one whose package is missing
     for name in ("sample", "evaluate"):
         if getattr(options, f"{name}_every") and getattr(hooks, name) is None:
             raise FewstepError(

@@ -11,7 +11,7 @@ from fewstep.errors import FewstepError
 
 #: Options that may change when a run is resumed: they decide what is written and when, or only the rounding.
 FREE_ON_RESUME = frozenset(
-    {"microbatch", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard"}
+    {"microbatch", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard", "tracker"}
 )
 
 
@@ -66,6 +66,8 @@ class TrainOptions:
     """Checkpoints kept, the newest ones, 1 or more."""
     tensorboard: bool = True
     """Also write the log as TensorBoard events."""
+    tracker: str = "none"
+    """Where else the log goes: `wandb`, `mlflow` or `trackio`, each an extra of that name; `none`: nowhere."""
 
     def validate(self) -> None:
         """Raises FewstepError that names the first option outside its range."""
