@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from fewstep.api import EMOJI
 from fewstep.commands.common import choose_device, guidance, load, parse
-from fewstep.data.prompts import read_prompts
+from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import Entry
 from fewstep.evaluation.pictures import replace_file
@@ -33,8 +34,8 @@ class Evaluate(StudyOptions):
     """Step counts to score, such as 1 2 4 8; the model's own unless told."""
     guidance_scale: float | None = None
     """For a teacher in the place of the student only: 1 means none."""
-    prompts: Path | None = None
-    """Text file with one prompt a line; held-out captions for the embedded teacher and its students unless told."""
+    prompts: str | None = None
+    """PATH or PATH:COLUMN (docs/prompts.md); held-out captions for the embedded teacher and its students unless told."""
     count: int = 256
     """Prompts, 6 or more; compare only figures of equal count."""
     out: Path | None = None
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
             "own, fix: pass --prompts FILE"
         )
     captions = evaluation_captions(args.count) if args.prompts is None else None
-    prompts = [str(c) for c in captions] if captions else read_prompts(args.prompts or "")[: args.count]
+    prompts = [str(c) for c in captions] if captions else list(islice(read_prompts(args.prompts or ""), args.count))
     if isinstance(model, Teacher):
         subject = Subject(model, model.backbone.source)
         steps = args.steps or (model.steps,)
