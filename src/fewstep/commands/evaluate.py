@@ -35,7 +35,7 @@ class Evaluate(StudyOptions):
     guidance_scale: float | None = None
     """For a teacher in the place of the student only: 1 means none."""
     prompts: str | None = None
-    """PATH or PATH:COLUMN (docs/prompts.md); held-out captions for the embedded teacher and its students unless told."""
+    """PATH or PATH:COLUMN (docs/prompts.md); held-out captions where the teacher is the embedded one."""
     count: int = 256
     """Prompts, 6 or more; compare only figures of equal count."""
     out: Path | None = None
