@@ -24,17 +24,20 @@ from fewstep.models.loading import adapter_of, load_backbone
 from fewstep.models.recipes import Setting, applied
 from fewstep.models.roles import Roles, build_roles
 from fewstep.models.schedulers import choose_scheduler
+from fewstep.models.sharding import collected, shard
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
 from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.options import TrainOptions
-from fewstep.training.parallel import process_group
+from fewstep.training.parallel import leads, process_group
 
 EMOJI = "emoji"
 """The name of the embedded teacher."""
 STUDENT_FOLDER = "student"
 _OF_ROLES = ("roles", "rank", "student_rate", "critic_rate")  # settings that hold for a recipe's kind of roles alone
 _MEASURED = 64
+MEMORY_ONLY = ("checkpointing", "shard")
+"""Options of roles that change memory and not the result: a run may be resumed with others."""
 
 __all__ = [
     "EMOJI",
@@ -64,6 +67,8 @@ class RoleOptions:
     """Which layers take adapters."""
     checkpointing: bool = False
     """Keep only block inputs for the backward pass: less memory for about a third more time."""
+    shard: bool = False
+    """Spread all weights, gradients, moments and averages over the processes (FSDP2): see docs/scaling.md."""
     discriminator: Literal["method", "critic", "teacher"] = "method"
     """Whose features a discriminator reads, for methods that have one: as in the `method`'s paper, or named."""
 
@@ -76,6 +81,7 @@ def load_teacher(
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
+    defer: bool = False,
 ) -> Teacher:
     """A teacher: "emoji" (embedded, no download), a diffusers pipeline folder, or a Hub id.
 
@@ -86,6 +92,8 @@ def load_teacher(
         height: of its samples in pixels, for families that make several sizes; the pipeline's own unless told.
         width: likewise.
         num_frames: of its videos, likewise.
+        defer: leave the network's weights on disk until a sharded distillation (`RoleOptions.shard`) reads them, each
+            process its part; until then the teacher cannot sample.
 
     Raises:
         FewstepError: nothing usable there, or a size it cannot make; says what was found and what to do.
@@ -93,7 +101,7 @@ def load_teacher(
     folder = shipped(TEACHER_FOLDER) if str(source) == EMOJI else source
     sides = {"height": height, "width": width, "num_frames": num_frames}
     size = {name: value for name, value in sides.items() if value is not None}
-    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=size))
+    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=size, defer=defer))
 
 
 def defaults(
@@ -176,8 +184,9 @@ def distill(
     recipe = options.build()
     needs = recipe.needs
     train_options.validate()
-    teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
+    teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = teacher.backbone
+    _check_sharding(backbone, roles, needs.pairs and pairs is None)
     texts = _training_prompts(backbone.source, prompts)
     if needs.real_data and real is None:
         real = _own_scenes(backbone, recipe.name, train_options.seed)
@@ -202,7 +211,7 @@ def distill(
     )
     if hooks is None:
         hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0)
-    kept = {name: value for name, value in asdict(roles).items() if name not in ("checkpointing", "discriminator")}
+    kept = {name: value for name, value in asdict(roles).items() if name not in (*MEMORY_ONLY, "discriminator")}
     if needs.discriminator:
         kept["discriminator"] = features
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}
@@ -210,6 +219,8 @@ def distill(
         configuration["size"] = backbone.told_size
     folder = Path(out) / STUDENT_FOLDER
     with process_group(backbone.device) as group:
+        if roles.shard:
+            shard(seats, train_options.precision)
         result = train(
             recipe,
             seats,
@@ -223,11 +234,26 @@ def distill(
             configuration=configuration,
             resume=resume,
         )
-        if group.leads:
-            with result.ema.applied():
-                export(seats, options, folder, {"iterations": result.iteration, **configuration})
+        with result.ema.applied():
+            student = collected(seats)
+            if group.leads and student is not None:
+                export(student, options, folder, {"iterations": result.iteration, **configuration})
         group.wait()  # the others load what the first has written
     return load_student(folder)
+
+
+def _check_sharding(backbone: Backbone, roles: RoleOptions, makes_pairs: bool) -> None:
+    """Refuses what a teacher that is spread over processes, or still on disk, cannot do."""
+    if backbone.deferred is not None and not roles.shard:
+        raise FewstepError(
+            "found a teacher whose weights were left on disk, expected a sharded distillation to read them, "
+            "fix: RoleOptions(shard=True) (--shard), or load_teacher without defer"
+        )
+    if roles.shard and makes_pairs:
+        raise FewstepError(
+            "found a method that regresses to samples of the teacher, expected them made before a sharded run, "
+            "fix: pass pairs=... made with another teacher object, or leave --shard off"
+        )
 
 
 def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]) -> Path:
@@ -333,7 +359,8 @@ def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path, want
     def draw(iteration: int) -> None:
         for count in student.grids:
             images = student.sample(prompts, list(range(len(prompts))), count)
-            save_pictures(out / "samples" / f"{iteration:06d}-{count}-steps.png", images)
+            if leads():
+                save_pictures(out / "samples" / f"{iteration:06d}-{count}-steps.png", images)
 
     def score(iteration: int) -> dict[str, float]:
         from fewstep.evaluation.run import evaluate_scenes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,9 +45,11 @@ def quiet() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first GPU if there is one."""
+    """The device called `name`; "auto" is a GPU if there is one, and each of torchrun's processes has its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

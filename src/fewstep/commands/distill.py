@@ -66,8 +66,9 @@ def main(arguments: list[str]) -> None:
     run = args.run
     prompts = read_prompts(run.prompts) if run.prompts else None
     teacher = load_teacher(
-        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **asdict(args.size)
-    )
+        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **asdict(args.size),
+        defer=args.roles.shard,
+    )  # fmt: skip
     distill(
         teacher,
         args.method,
