@@ -1,7 +1,7 @@
 """Tensors of which every process holds a part: whole again, and filled from whole ones.
 
-FSDP2 makes of a parameter a `DTensor` that is cut along its first axis into pieces of ceil(n / processes) rows, the last
-ones shorter or empty. Everything here takes plain tensors as well and does with them what one would expect.
+FSDP2 makes of a parameter a `DTensor` that is cut along its first axis into pieces of ceil(n / processes) rows, the
+last ones shorter or empty. Everything here takes plain tensors as well and does with them what one would expect.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def plain_name(name: str) -> str:
 
 @contextmanager
 def left_on_disk(classes: Iterable[type[nn.Module]], dtype: torch.dtype) -> Iterator[None]:
-    """Within, `from_pretrained` of these network classes leaves parameters on the meta device, in the dtypes they would have.
+    """Within, `from_pretrained` of these network classes leaves parameters on the meta device, in their final dtypes.
 
     Buffers are real. Costs drawing the initial weights, one tensor at a time. (Pipelines do not all take a network that
     is handed to them.)
@@ -116,6 +116,4 @@ def _empty(parameter: Tensor, device: torch.device) -> Tensor:
 
     part = torch.empty_like(parameter.to_local(), device=device)  # type: ignore[operator]
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())

@@ -116,7 +116,7 @@ def _files(folder: Path, pipeline: Any, networks: Iterable[str]) -> dict[int, tu
     Raises:
         FewstepError: the names in the files are not the network's, as in folders of old versions of diffusers.
     """
-    files = {}
+    files: dict[int, tuple[Path, str]] = {}
     for part in networks:
         found, named = weight_files(folder / part), getattr(pipeline, part).state_dict(keep_vars=True)
         if odd := sorted(found.keys() ^ named.keys()):

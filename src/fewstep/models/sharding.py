@@ -22,16 +22,16 @@ from fewstep.models.adapters import Switch, shared_copy
 from fewstep.models.backbone import Backbone
 from fewstep.models.deferred import plain_name
 from fewstep.models.discriminator import Heads
-from fewstep.models.roles import Roles, Seat
+from fewstep.models.roles import Caller, Roles, Seat
 from fewstep.models.wan_experts import WanExperts
 
 
 def shard(roles: Roles, precision: Literal["fp32", "bf16", "fp16"] = "fp32") -> None:
     """Leave each process only its part of every network of `roles`, in place; every process calls this.
 
-    Roles are then called by all processes at once, and trained by `fewstep.training.train` as before. The backbone's own
-    network holds the same parts, and is no longer called: a teacher that is to sample has to be loaded again. In a single
-    process nothing is spread; weights that were left on disk (`load_backbone(..., defer=True)`) are loaded all the same.
+    Roles are then called by all processes at once, and trained by `fewstep.training.train` as before. The backbone's
+    own network holds the same parts, and is no longer called: a teacher that is to sample has to be loaded again. In a
+    single process nothing is spread; weights left on disk (`load_backbone(..., defer=True)`) are loaded all the same.
 
     Args:
         roles: as `build_roles` makes them, the same in every process; nobody keeps their parameters yet.
@@ -99,7 +99,7 @@ def collected(roles: Roles) -> Roles | None:
 class _Collected(Roles):
     """A student and a plain network of the teacher's weights, neither of them for calling."""
 
-    def __init__(self, backbone: Backbone, student: Seat, plain: nn.Module) -> None:
+    def __init__(self, backbone: Caller, student: Seat, plain: nn.Module) -> None:
         super().__init__(backbone, student, student, None)
         self._plain = plain
 

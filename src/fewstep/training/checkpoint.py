@@ -5,8 +5,8 @@ written under a temporary name, forced to disk and renamed, so a folder with a n
 is unpickled.
 
 Sharded runs write the same files: the processes gather one tensor after the other, and the first one writes it before
-the next. So a checkpoint does not depend on how many processes made it, and torch.distributed.checkpoint, whose metadata
-is a pickle, has no part in it (docs/scaling.md).
+the next. So a checkpoint does not depend on how many processes made it, and torch.distributed.checkpoint, whose
+metadata is a pickle, has no part in it (docs/scaling.md).
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def process_group(device: torch.device) -> Iterator[Group]:
     """The group this process belongs to.
 
     An initialised torch.distributed is used as it is. Under torchrun (WORLD_SIZE above 1) one is initialised, nccl
-    for a CUDA `device`, which becomes the current one, and gloo otherwise, and closed at the end. Else the group is this
-    process alone.
+    for a CUDA `device` and gloo otherwise, and closed at the end. Else the group is this process alone. A CUDA `device`
+    becomes the current one.
     """
     owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device.type == "cuda":

@@ -30,8 +30,9 @@ class Update:
 class Trainee:
     """The student or the critic, with an AdamW of its own.
 
-    Sharded parameters (`core.shards`) have sharded gradients and moments. FSDP then sums the gradients, and its backward
-    pass is always a whole one: what it leaves with the other role is dropped when that role's next update begins.
+    Sharded parameters (`core.shards`) have sharded gradients and moments. FSDP then sums the gradients, and its
+    backward pass is always a whole one: what it leaves with the other role is dropped when that role's next update
+    begins.
     """
 
     def __init__(
