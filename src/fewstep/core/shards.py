@@ -26,18 +26,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill_(target: Tensor, value: Any) -> None:
+def fill_(target: Tensor, value: Any, through: torch.dtype | None = None) -> None:
     """Copies `value` into `target`, in place; into a sharded one only the rows that this process holds.
 
     `value` is a whole tensor of the shape of `target`, of any dtype and device, or a slice of a safetensors file
-    (`safe_open(...).get_slice(name)`), of which then no other rows are read.
+    (`safe_open(...).get_slice(name)`), of which then no other rows are read. `through`: a dtype it is rounded to first.
     """
     if not is_sharded(target):
-        target.copy_(value[:] if target.ndim else value)
+        whole_value: Tensor = value[:] if target.ndim else value
+        target.copy_(whole_value.to(through or whole_value.dtype))
         return
     local: Tensor = target.to_local()  # type: ignore[operator]
     if local.numel():
-        local.copy_(value[own_rows(target)])
+        rows: Tensor = value[own_rows(target)]
+        local.copy_(rows.to(through or rows.dtype))
 
 
 def own_rows(tensor: Tensor) -> slice:

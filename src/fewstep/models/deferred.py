@@ -22,15 +22,16 @@ class Deferred:
     """Where the weights of a backbone's network lie, and where they are to go."""
 
     device: torch.device
-    files: Mapping[str, tuple[Path, str]]
-    """By the tensor's name in the network: a safetensors file and the name in it."""
+    files: Mapping[str, tuple[Path, str, torch.dtype]]
+    """By the tensor's name in the network: a safetensors file, the name in it, and the dtype it has in the base."""
 
     @torch.no_grad()
     def load(self, network: nn.Module) -> None:
         """Read what of `network`, the backbone's or one built of it, is still on the meta device, in place.
 
         Each process reads only its own rows of sharded parameters. Weights come in the dtype that they have on the meta
-        device. Parameters become new objects, so this has to come before anyone keeps them.
+        device, rounded to the base's first: copies begin as the teacher. Parameters become new objects, so this has to
+        come before anyone keeps them.
         """
         from safetensors import safe_open
 
@@ -41,13 +42,13 @@ class Deferred:
                 place = self.files.get(plain_name(f"{prefix}.{name}" if prefix else name))
                 if tensor is None or place is None or (isinstance(tensor, nn.Parameter) and not _on_meta(tensor)):
                     continue
-                path, key = place
+                path, key, dtype = place
                 if path not in opened:
                     opened[path] = safe_open(path, framework="pt")
                 if isinstance(tensor, nn.Parameter):
                     tensor = nn.Parameter(_empty(tensor, self.device), requires_grad=tensor.requires_grad)
                     setattr(module, name, tensor)
-                fill_(tensor, opened[path].get_slice(key))
+                fill_(tensor, opened[path].get_slice(key), dtype)
 
 
 def plain_name(name: str) -> str:

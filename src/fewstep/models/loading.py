@@ -96,7 +96,9 @@ def load_backbone(
     backbone = kind(pipeline, str(source))
     if defer:
         named = [*backbone.network.named_parameters(), *backbone.network.named_buffers()]
-        backbone.deferred = Deferred(torch.device(device), {n: files[id(t)] for n, t in named if id(t) in files})
+        backbone.deferred = Deferred(
+            torch.device(device), {n: (*files[id(t)], t.dtype) for n, t in named if id(t) in files}
+        )
     backbone.set_size(size or {})
     return backbone
 
