@@ -28,19 +28,22 @@ from fewstep.models.loading import adapter_of, load_backbone
 from fewstep.models.recipes import Setting, applied
 from fewstep.models.roles import Roles, build_roles
 from fewstep.models.schedulers import choose_scheduler
+from fewstep.models.sharding import collected, shard
 from fewstep.models.sizes import SizeList
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
 from fewstep.training.folder import refuse_run
 from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.options import TrainOptions
-from fewstep.training.parallel import process_group
+from fewstep.training.parallel import leads, process_group
 
 EMOJI = "emoji"
 """The name of the embedded teacher."""
 STUDENT_FOLDER, LORA_FOLDER = "student", "lora"
 _OF_ROLES = ("roles", "rank", "student_rate", "critic_rate")  # settings that hold for a recipe's kind of roles alone
 _MEASURED = 64
+MEMORY_ONLY = ("checkpointing", "shard")
+"""Options of roles that change memory and not the result: a run may be resumed with others."""
 
 __all__ = [
     "EMOJI",
@@ -74,6 +77,8 @@ class RoleOptions:
     """Which layers take adapters."""
     checkpointing: bool = False
     """Keep only block inputs for the backward pass: less memory for about a third more time."""
+    shard: bool = False
+    """Spread all weights, gradients, moments and averages over the processes (FSDP2): see docs/scaling.md."""
     discriminator: Literal["method", "critic", "teacher"] = "method"
     """Whose features a discriminator reads, for methods that have one: as in the `method`'s paper, or named."""
 
@@ -86,6 +91,7 @@ def load_teacher(
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
+    defer: bool = False,
 ) -> Teacher:
     """A teacher: "emoji" (embedded, no download), a diffusers pipeline folder, or a Hub id.
 
@@ -96,6 +102,8 @@ def load_teacher(
         height: of its samples in pixels, for families that make several sizes; the pipeline's own unless told.
         width: likewise.
         num_frames: of its videos, likewise.
+        defer: leave the network's weights on disk until a sharded distillation (`RoleOptions.shard`) reads them, each
+            process its part; until then the teacher cannot sample.
 
     Raises:
         FewstepError: nothing usable there, or a size it cannot make; says what was found and what to do.
@@ -103,7 +111,7 @@ def load_teacher(
     folder = shipped(TEACHER_FOLDER) if str(source) == EMOJI else source
     sides = {"height": height, "width": width, "num_frames": num_frames}
     size = {name: value for name, value in sides.items() if value is not None}
-    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=size))
+    return Teacher(load_backbone(folder, dtype=dtype, device=device, size=size, defer=defer))
 
 
 def defaults(
@@ -195,8 +203,9 @@ def distill(
     recipe = options.build()
     needs = recipe.needs
     train_options.validate()
-    teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
+    teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = teacher.backbone
+    _check_sharding(backbone, roles, needs.pairs and pairs is None)
     texts = _training_prompts(backbone.source, prompts)
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
@@ -224,7 +233,7 @@ def distill(
     )
     if hooks is None:
         hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0)
-    kept = {name: value for name, value in asdict(roles).items() if name not in ("checkpointing", "discriminator")}
+    kept = {name: value for name, value in asdict(roles).items() if name not in (*MEMORY_ONLY, "discriminator")}
     if roles.alpha is None:
         del kept["alpha"]  # runs that began before there was one go on
     if needs.discriminator:
@@ -239,6 +248,8 @@ def distill(
     with process_group(backbone.device) as group:
         if group.leads and not resume:
             refuse_run(Path(out))  # rather than after all prompts are encoded
+        if roles.shard:
+            shard(seats, train_options.precision)
         with encoding.ready(group):
             result = train(
                 recipe,
@@ -255,14 +266,11 @@ def distill(
             )
         if listed is not None:
             listed.first()
-        if group.leads:
-            with result.ema.applied():
-                export(
-                    seats,
-                    options,
-                    folder,
-                    {"iterations": result.iteration, "train": asdict(train_options), **configuration},
-                )
+        with result.ema.applied():
+            student = collected(seats)
+            if group.leads and student is not None:
+                told = {"iterations": result.iteration, "train": asdict(train_options), **configuration}
+                export(student, options, folder, told)
         group.wait()  # the others load what the first has written
     return load_student(folder)
 
@@ -309,6 +317,20 @@ def cache_prompts(
     encoding = Encoding.of(backbone, told, Path(cache), texts, None, own=False)
     with process_group(backbone.device) as group:
         return make_cache(backbone, encoding.texts, encoding.folder, encoding.dtype, group).folder
+
+
+def _check_sharding(backbone: Backbone, roles: RoleOptions, makes_pairs: bool) -> None:
+    """Refuses what a teacher that is spread over processes, or still on disk, cannot do."""
+    if backbone.deferred is not None and not roles.shard:
+        raise FewstepError(
+            "found a teacher whose weights were left on disk, expected a sharded distillation to read them, "
+            "fix: RoleOptions(shard=True) (--shard), or load_teacher without defer"
+        )
+    if roles.shard and makes_pairs:
+        raise FewstepError(
+            "found a method that regresses to samples of the teacher, expected them made before a sharded run, "
+            "fix: pass pairs=... made with another teacher object, or leave --shard off"
+        )
 
 
 def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]) -> Path:
@@ -421,7 +443,8 @@ def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path, want
     def draw(iteration: int) -> None:
         for count in student.grids:
             images = student.sample(prompts, list(range(len(prompts))), count)
-            save_pictures(out / "samples" / f"{iteration:06d}-{count}-steps.png", images)
+            if leads():
+                save_pictures(out / "samples" / f"{iteration:06d}-{count}-steps.png", images)
 
     def score(iteration: int) -> dict[str, float]:
         from fewstep.evaluation.run import evaluate_scenes

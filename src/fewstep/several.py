@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fewstep.api import (
     EMOJI,
+    MEMORY_ONLY,
     STUDENT_FOLDER,
     RoleOptions,
     _fingerprint,
@@ -281,7 +282,16 @@ def _router(backbone: Backbone, texts: Sequence[str], parts: int | Sequence[Sequ
 
 
 def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]:
-    """Arguments of `build_roles` but the kind."""
+    """Arguments of `build_roles` but the kind.
+
+    Raises:
+        FewstepError: the roles are to be sharded.
+    """
+    if roles.shard:
+        raise FewstepError(
+            "found --shard for a chain of runs (phased, msd), expected one run, fix: leave it off; chains are for "
+            "teachers that fit on one device"
+        )
     features = needs.features if roles.discriminator == "method" else roles.discriminator
     return {
         "rank": roles.rank,
@@ -297,7 +307,7 @@ def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]
 
 
 def _configuration(backbone: Backbone, roles: RoleOptions, texts: Sequence[str]) -> dict[str, Any]:
-    kept = {name: value for name, value in asdict(roles).items() if name != "checkpointing"}  # changes memory only
+    kept = {name: value for name, value in asdict(roles).items() if name not in MEMORY_ONLY}
     if roles.alpha is None:
         del kept["alpha"]  # runs that began before there was one go on
     size = {"size": backbone.told_size} if backbone.told_size else {}

@@ -124,7 +124,7 @@ def test_an_end_at_any_step_of_a_save_leaves_a_whole_checkpoint_and_no_other(
 
     for name in ("mkdir", "rename", "unlink", "rmdir", "fsync", "stat", "scandir"):
         monkeypatch.setattr(os, name, deadly(getattr(os, name)))
-    monkeypatch.setattr(checkpoint, "save_file", deadly(checkpoint.save_file))
+    monkeypatch.setattr(checkpoint, "_write", deadly(checkpoint._write))
     monkeypatch.setattr(Path, "write_text", deadly(Path.write_text))
 
     steps, seen = 0, set()

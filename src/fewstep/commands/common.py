@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,9 +45,11 @@ def quiet() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first GPU if there is one."""
+    """The device called `name`; "auto" is a GPU if there is one, and each of torchrun's processes has its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -86,4 +89,4 @@ def load(source: str, device: torch.device, **sides: int) -> Teacher | Student:
                 f"found {sides} for a student, expected no size, since it has its teacher's, fix: leave it out"
             )
         return load_student(source, device=device)
-    return load_teacher(source, device=device, **sides)
+    return load_teacher(source, device=device, **sides)  # type: ignore[arg-type]

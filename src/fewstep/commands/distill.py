@@ -76,7 +76,10 @@ def main(arguments: list[str]) -> None:
     sizes = size.pop("sizes")
     if sizes and any(size.values()):
         raise FewstepError(f"found --sizes {sizes} and {size}, expected one or the other, fix: leave one out")
-    teacher = load_teacher(run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **size)
+    teacher = load_teacher(
+        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), defer=args.roles.shard,
+        **size,
+    )  # fmt: skip
     distill(
         teacher,
         args.method,

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -100,11 +100,28 @@ def add_adapter(network: nn.Module, adapter: str, *, rank: int, alpha: float, ta
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _standing_in(network):
         warnings.filterwarnings("ignore", message=".*peft_config.*")  # a second adapter is what we want
         inject_adapter_in_model(config, network, adapter)
     for parameter in adapter_parameters(network, adapter).values():
         parameter.data = parameter.data.float()
+
+
+@contextmanager
+def _standing_in(network: nn.Module) -> Iterator[None]:
+    """One number on the CPU stands for each weight on the meta device: PEFT makes adapters where the base is."""
+    kept = []
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                kept.append((module, name, parameter))
+                number = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(number, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
 
 
 def adapter_parameters(network: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

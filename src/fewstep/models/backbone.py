@@ -31,8 +31,10 @@ from torch import Tensor, nn
 
 from fewstep.core import grids
 from fewstep.core.process import Process, process_from_scheduler
+from fewstep.core.shards import is_sharded
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
+from fewstep.models.deferred import Deferred
 from fewstep.models.pipelines import rebuilt, stand_in
 from fewstep.models.recipes import Recipe
 from fewstep.models.sizes import Side, check_size
@@ -100,6 +102,8 @@ class Backbone(ABC):
         self.prediction: str = prediction
         """What the network predicts, one of `fewstep.core.prediction.PREDICTIONS`."""
         self._null: Condition | None = None
+        self.deferred: Deferred | None = None
+        """Where the network's weights are, if they are still on disk (`load_backbone(..., defer=True)`)."""
 
     @property
     def size(self) -> dict[str, int]:
@@ -215,7 +219,7 @@ class Backbone(ABC):
 
     def stock_pipeline(self, forward: Callable[..., tuple[Tensor]], scheduler: Any) -> Any:
         """The teacher's pipeline, silent, with the function `forward` in place of its network's: for `run_pipeline`."""
-        pipeline = self.pipeline_with(stand_in(self.network, forward), scheduler)
+        pipeline = self.pipeline_with(stand_in(self.network, forward, self.device), scheduler)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -274,7 +278,12 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return next(self.network.parameters()).device if self.deferred is None else self.deferred.device
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the network can be called here and now: its weights are neither on disk nor spread over processes."""
+        return self.deferred is None and not is_sharded(next(self.network.parameters()))
 
     def to(self, device: str | torch.device) -> Backbone:
         """Move every part; dtypes stay. Call before roles are built: they share or copy what is there."""

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import BACKBONES, Backbone
+from fewstep.models.deferred import Deferred, left_on_disk, weight_files
 from fewstep.models.quiet import quiet_libraries
 
 ENTRY_POINTS = "fewstep.backbones"
@@ -48,6 +50,7 @@ def load_backbone(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     size: Mapping[str, int] | None = None,
+    defer: bool = False,
 ) -> Backbone:
     """Load any pipeline whose network has an adapter.
 
@@ -57,6 +60,7 @@ def load_backbone(
         device: where to put it.
         revision: branch, tag or commit on the Hub.
         size: height, width, num_frames of its samples, where they are not to be the pipeline's own (`Backbone.sides`).
+        defer: leave the network's weights on disk for `fewstep.models.sharding.shard` to read, each process its part.
 
     Raises:
         FewstepError: no pipeline there, no adapter for its network, weights that are pickles, or parts that would need
@@ -73,7 +77,10 @@ def load_backbone(
         refuse_pickles(folder)
         with quiet_libraries():
             pipeline_class = kind.pipeline_class(index["_class_name"])
-            pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            networks = _networks(index, kind) if defer else {}
+            with left_on_disk(networks.values(), dtype):
+                pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            files = _files(folder, pipeline, networks)
         if getattr(pipeline, kind.network_name).dtype != dtype:  # older versions of diffusers do not know `dtype`
             pipeline.to(dtype)
     except (OSError, ValueError) as error:
@@ -83,10 +90,46 @@ def load_backbone(
             f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
-    backbone = kind(pipeline.to(device), str(source))
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name not in networks:
+            part.to(device)
+    backbone = kind(pipeline, str(source))
     backbone.folder = folder
+    if defer:
+        named = [*backbone.network.named_parameters(), *backbone.network.named_buffers()]
+        backbone.deferred = Deferred(
+            torch.device(device), {n: (*files[id(t)], t.dtype) for n, t in named if id(t) in files}
+        )
     backbone.set_size(size or {})
     return backbone
+
+
+def _networks(index: Mapping[str, Any], kind: type[Backbone]) -> dict[str, type[nn.Module]]:
+    """Classes of the parts that are networks, by name: one, or Wan2.2-A14B's two."""
+    return {
+        part: getattr(import_module(entry[0]), entry[1])
+        for part, entry in index.items()
+        if part.startswith(kind.network_name) and isinstance(entry, list) and entry[0] is not None
+    }
+
+
+def _files(folder: Path, pipeline: Any, networks: Iterable[str]) -> dict[int, tuple[Path, str]]:
+    """File and name of every tensor of `networks` that has one, by its id.
+
+    Raises:
+        FewstepError: the names in the files are not the network's, as in folders of old versions of diffusers.
+    """
+    files: dict[int, tuple[Path, str]] = {}
+    for part in networks:
+        found, named = weight_files(folder / part), getattr(pipeline, part).state_dict(keep_vars=True)
+        if odd := sorted(found.keys() ^ named.keys()):
+            raise FewstepError(
+                f"found {len(odd)} names (such as {odd[0]!r}) that only one of {folder / part} and its network has, "
+                "expected the same in both, fix: load the pipeline with diffusers once and save it with "
+                "save_pretrained, or load it without defer"
+            )
+        files |= {id(tensor): found[name] for name, tensor in named.items()}
+    return files
 
 
 def built_in() -> list[type[Backbone]]:

@@ -34,10 +34,14 @@ def rebuilt(pipeline: Any, **replaced: Any) -> Any:
     return kind(**{**options, **pipeline.components, **replaced})
 
 
-def stand_in(network: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """`network` with another forward: config, dtype and submodules are its own, shared."""
+def stand_in(network: nn.Module, forward: Callable[..., Any], device: torch.device | None = None) -> nn.Module:
+    """`network` with another forward, on `device` if told: config, dtype and submodules are its own, shared."""
     shadow = copy.copy(network)
     shadow.forward = forward
+    if device is not None and next(network.parameters()).device != device:
+        # Its weights are on disk, and pipelines ask the first one where it is.
+        here = nn.Parameter(torch.empty(0, dtype=network.dtype, device=device), requires_grad=False)
+        shadow._parameters = {"here": here, **network._parameters}
     return shadow
 
 

@@ -104,6 +104,10 @@ class Roles:
         self.backbone, self.process = backbone, backbone.process
         self._teacher, self._student, self._critic = teacher, student, critic
         self._discriminator = discriminator
+        self.sharded: list[nn.Module] = []
+        """Networks of which every process holds a part (`fewstep.models.sharding`)."""
+        self.skeletons: tuple[nn.Module, nn.Module] = (nn.Module(), nn.Module())
+        """Of sharded roles: the student's network and the teacher's as they were, without weights."""
 
     def teacher(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         told = {name: value for name, value in condition.items() if name not in _TOLD}
@@ -192,17 +196,30 @@ class Roles:
         return self._student.adapter is not None and not self.steps_aware
 
     def student_network(self) -> nn.Module:
-        """The student as a network of its own, float32, adapters merged: what is exported. A copy, frozen."""
+        """The student as a network of its own, float32, adapters merged: what is exported. A copy, frozen.
+
+        Raises:
+            FewstepError: the roles are sharded.
+        """
         seat = self._student
+        if self.sharded:
+            raise FewstepError(
+                "found a student that is spread over processes, expected a whole one to copy, "
+                "fix: fewstep.models.sharding.collected(roles), in every process"
+            )
         if seat.adapter is None:
             network = copy.deepcopy(seat.network)
             if getattr(network, "is_gradient_checkpointing", False):
                 network.disable_gradient_checkpointing()
         else:
-            assert isinstance(self.backbone, Backbone)
-            network = _own_copy(self.backbone, self.steps_aware)
+            network = self.teacher_copy()
             merge_adapter(seat.network, seat.adapter, into=network)
         return network.requires_grad_(False).eval()
+
+    def teacher_copy(self) -> nn.Module:
+        """The teacher's network, steps-aware if the student is, float32, with weights of its own."""
+        assert isinstance(self.backbone, Backbone)
+        return _own_copy(self.backbone, self.steps_aware)
 
     def _critic_trained(self) -> dict[str, nn.Parameter]:
         own = {} if self._critic is None else self._critic.parameters()
@@ -291,6 +308,7 @@ def build_roles(
         for network, its_switch in {(seat.network, seat.switch) for seat in seats.values()}:
             own_way = checkpoint_function(its_switch) if its_switch else None
             network.enable_gradient_checkpointing(own_way)
+    # Compilation of blocks belongs here: after checkpointing, before `fewstep.models.sharding.shard`.
     return Roles(backbone, Seat(base, switch), seats[STUDENT], seats.get(CRITIC), judge)
 
 

@@ -107,7 +107,9 @@ def made_steps_aware(network: PixArtTransformer2DModel) -> StepsAwarePixArtTrans
         network.__class__ = StepsAwarePixArtTransformer2DModel
         embedding = network.adaln_single.emb
         embedding.__class__ = StepsAwareTimeEmbedding
-        embedding.call_embedder = CallEmbedding(network.inner_dim).to(network.device)
+        embedding.call_embedder = CallEmbedding(network.inner_dim)
+        if network.device.type != "meta":
+            embedding.call_embedder.to(network.device)
     return network
 
 

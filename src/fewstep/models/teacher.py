@@ -49,6 +49,11 @@ class Teacher:
                 f"found {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt, "
                 "fix: repeat the shorter"
             )
+        if not self.backbone.at_hand:
+            raise FewstepError(
+                "found a teacher whose weights are on disk or spread over processes, expected it whole to sample, "
+                "fix: load it again, without defer"
+            )
         if solver not in SOLVERS or solver == "lcm":
             raise FewstepError(
                 f"found solver {solver!r}, expected one of {sorted(SOLVERS.keys() - {'lcm'})}, fix: choose one of these"

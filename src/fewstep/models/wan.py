@@ -135,7 +135,10 @@ class Wan(Backbone):
     def stock_pipeline(self, forward: Callable[..., tuple[Tensor]], scheduler: Any) -> Any:
         if not isinstance(self.network, WanExperts):
             return super().stock_pipeline(forward, scheduler)
-        parts = {name: stand_in(getattr(self.pipeline, name), forward) for name in ("transformer", "transformer_2")}
+        parts = {
+            name: stand_in(getattr(self.pipeline, name), forward, self.device)
+            for name in ("transformer", "transformer_2")
+        }
         pipeline = rebuilt(self.pipeline, scheduler=scheduler, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

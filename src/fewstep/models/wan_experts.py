@@ -21,6 +21,8 @@ class WanExperts(nn.Module):
     def __init__(self, high: nn.Module, low: nn.Module, boundary: float) -> None:
         super().__init__()
         self.high, self.low, self.boundary = high, low, float(boundary)
+        self.together = False
+        """Whether both are called every time, one for nothing if it has to be: as sharded networks need it."""
 
     def forward(
         self,
@@ -32,11 +34,14 @@ class WanExperts(nn.Module):
         """As WanTransformer3DModel's, as a tuple: (B, C, f, h, w), (B,) and (B, L, width) -> (B, C, f, h, w)."""
         below = timestep < self.boundary
         rows = [(below == side).nonzero().flatten() for side in (False, True)]
-        parts = [
-            network(hidden_states[own], timestep[own], encoder_hidden_states[own], return_dict=False)[0]
-            for network, own in zip((self.high, self.low), rows, strict=True)
-            if len(own)
-        ]
+        parts = []
+        for network, own in zip((self.high, self.low), rows, strict=True):
+            if len(own) or self.together:
+                called = own if len(own) else own.new_zeros(1)
+                answer = network(
+                    hidden_states[called], timestep[called], encoder_hidden_states[called], return_dict=False
+                )[0]
+                parts.append(answer[: len(own)])
         return (torch.cat(parts)[torch.cat(rows).argsort()],)
 
     @property

@@ -3,6 +3,10 @@
 A checkpoint is a folder `checkpoints/000100/` with one safetensors file per group of tensors and `state.json`. It is
 written under a temporary name, forced to disk and renamed, so a folder with a number for a name is complete; nothing
 is unpickled.
+
+Sharded runs write the same files: the processes gather one tensor after the other, and the first one writes it before
+the next. So a checkpoint does not depend on how many processes made it, and torch.distributed.checkpoint, whose
+metadata is a pickle, has no part in it (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -17,13 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fewstep.core.shards import whole
 from fewstep.errors import FewstepError
 
 FORMAT = 1
 _UNFINISHED = ".unfinished-"  # being written, or being deleted
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Dtypes as safetensors writes them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, group: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The tensors of one group; empty if the group was empty when it was saved."""
+        """The tensors of one group, on the CPU mapped from the file; empty if the group was empty when it was saved."""
         path = self.folder / f"{group}.safetensors"
         return load_file(path, device=str(device)) if path.name in self.state["files"] else {}
 
@@ -55,16 +65,15 @@ def save(
     checkpoint or not at all. A checkpoint of this iteration that is already complete is left as it is, a damaged one
     replaced. An OSError (disk full) passes through and leaves the older checkpoints untouched.
     """
-    final = parent / f"{iteration:06d}"
+    final = place(parent, iteration)
     if final.exists() and _inspect(final)[0]:
         _delete(final)
     if not final.exists():
-        folder = parent / f"{_UNFINISHED}{final.name}"
+        folder = unfinished(final)
         folder.mkdir(parents=True)
         for name, tensors in groups.items():
             if tensors:
-                contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-                save_file(contiguous, folder / f"{name}.safetensors")
+                _write(folder / f"{name}.safetensors", tensors)
         if extra is not None:
             extra(folder)
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -77,6 +86,23 @@ def save(
     for old in _numbered(parent)[keep:]:
         _delete(old)
     return final
+
+
+def place(parent: Path, iteration: int) -> Path:
+    """The folder of a checkpoint."""
+    return parent / f"{iteration:06d}"
+
+
+def unfinished(folder: Path) -> Path:
+    """Where the checkpoint `folder` is while it is being written."""
+    return folder.with_name(f"{_UNFINISHED}{folder.name}")
+
+
+def give(groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """For the processes that do not write while the first one is in `save` with its parts of the same tensors."""
+    for tensors in groups.values():
+        for name in _order(tensors):
+            whole(tensors[name])
 
 
 def newest(parent: Path) -> Checkpoint | None:
@@ -126,6 +152,28 @@ def write_text(path: Path, text: str) -> None:
     sync(unfinished)
     os.replace(unfinished, path)
     sync(path.parent)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, written tensor by tensor: no more than one is ever whole on this machine."""
+    places: dict[str, Any] = {}
+    end = 0
+    for name in _order(tensors):
+        tensor, begin = tensors[name], end
+        end += tensor.numel() * tensor.itemsize
+        places[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(places).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in places:
+            value = whole(tensors[name]).cpu().contiguous().flatten()
+            file.write(memoryview(value.view(torch.uint8).numpy()))
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names, those of wide numbers first, so that each number stands at a multiple of its size."""
+    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
 
 
 def _numbered(parent: Path) -> list[Path]:

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.shards import is_sharded
 from fewstep.core.streams import Streams
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Method, Roles
-from fewstep.training import folder
+from fewstep.training import checkpoint, folder
 from fewstep.training.ema import Ema
 from fewstep.training.log import Log
 from fewstep.training.networks import Meter, Networks
@@ -82,7 +83,9 @@ class Hooks:
 
     While they run (`log` apart) the student's parameters hold the average. They may use torch's global random numbers:
     training does not depend on their state. In a parallel run the other processes wait, for as long as
-    torch.distributed's time-out allows.
+    torch.distributed's time-out allows. Sharded roles are called by all processes or none, so in a sharded run every
+    process calls the hooks (`log` apart), which then do the same everywhere, and write in the first process alone
+    (`fewstep.training.parallel.leads`).
     """
 
     sample: Callable[[int], None] | None = None
@@ -152,6 +155,7 @@ def train(
     first = roles.student_parameters()[0]
     device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)
     networks = Networks(roles, options.precision, device)
+    sharded = is_sharded(first)
 
     def batch(iteration: int, samples: Tensor) -> Batch:
         told: dict[str, Any] = {}
@@ -173,11 +177,14 @@ def train(
                 f"found batch = {options.batch} for {group.size} processes, expected a sample for each of them, "
                 "fix: raise --batch or start fewer processes"
             )
+        if sharded:
+            _validate_sharded(options, group)
+            networks.in_step()
         stop = stack.enter_context(closing(StopRequest()))
         named = dict(zip(roles.student_state(), roles.student_parameters(), strict=True))
-        student = Trainee("student", named, options, group, networks.watch)
+        student = Trainee("student", named, options, group, networks.timed)
         named = dict(zip(roles.critic_state(), roles.critic_parameters(), strict=True))
-        critic = Trainee("critic", named, options, group, networks.watch) if method.critic_updates else None
+        critic = Trainee("critic", named, options, group, networks.timed) if method.critic_updates else None
         state = State(student, critic, Ema(student.parameters, options.ema_decay))
         if group.leads:
             folder.require_space(out, state.bytes(), options.keep)
@@ -198,18 +205,21 @@ def train(
             record: dict[str, float] = {}
             if options.due(options.log_every, iteration):
                 record |= _numbers(updates, state, options, group, iteration) | meter.take()
-            if log is not None:
+            if log is not None or sharded:
                 record |= _call_hooks(hooks, state, options, iteration)
-                if record:
-                    log.write(iteration, record)
-                    if hooks.log is not None:
-                        hooks.log(iteration, record)
+            if log is not None and record:
+                log.write(iteration, record)
+                if hooks.log is not None:
+                    hooks.log(iteration, record)
             progress.advance(iteration, record)
 
             code = group.largest(stop.code, device)
-            if log is not None and (code or options.due(options.checkpoint_every, iteration)):
-                log.sync()
-                saved = _save(state, out, run, options, hooks, iteration)
+            if code or options.due(options.checkpoint_every, iteration):
+                if log is not None:
+                    log.sync()
+                    saved = _save(state, out, run, options, hooks, iteration)
+                elif sharded:
+                    saved = _help_save(state, out, hooks, iteration)
             if code:
                 group.wait()
                 progress.say(f"stopped after iteration {iteration}, saved {saved}; resume with --resume (resume=True)")
@@ -287,6 +297,31 @@ def _save(state: State, out: Path, run: Mapping[str, Any], options: TrainOptions
                 hooks.save(iteration, unfinished)
 
     return state.save(out / "checkpoints", iteration, folder.describe(run), keep=options.keep, extra=extra)
+
+
+@torch.no_grad()
+def _help_save(state: State, out: Path, hooks: Hooks, iteration: int) -> Path:
+    """What the other processes do of `_save` in a sharded run: they give their parts, and call the hook."""
+    state.give()
+    folder = checkpoint.place(out / "checkpoints", iteration)
+    if hooks.save is not None:
+        with state.ema.applied():
+            hooks.save(iteration, checkpoint.unfinished(folder))
+    return folder
+
+
+def _validate_sharded(options: TrainOptions, group: Group) -> None:
+    """Refuses what sharded processes could not do in step."""
+    if options.batch % group.size:
+        raise FewstepError(
+            f"found batch = {options.batch} for {group.size} processes that share their weights, expected a multiple, "
+            "so that all make the same calls, fix: change --batch or the number of processes"
+        )
+    if options.precision == "fp16":
+        raise FewstepError(
+            "found precision fp16 for sharded roles, expected fp32 or bf16 (a loss scale would have to be agreed on), "
+            "fix: --precision bf16"
+        )
 
 
 def _validate(

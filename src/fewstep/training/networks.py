@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Literal
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fewstep.core.guidance import Denoiser
-from fewstep.core.tensors import Condition
+from fewstep.core.tensors import Condition, index_condition
 from fewstep.methods.base import Roles
+from fewstep.training.parallel import agreement
 from fewstep.training.progress import peak_memory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +59,11 @@ class Networks:
     A call of teacher, student, critic or discriminator runs under autocast to `precision` and comes back in the dtype
     of its input, so that all arithmetic of the methods stays in fp32. Its time goes to the stopwatch under the role's
     name, or "rollout" for a student call without gradient; `rows` counts the samples each role was called with.
-    Everything else of `roles` is passed through. The backward pass is the loop's own to time.
+    Everything else of `roles` is passed through. The backward pass is the loop's own to time, by `timed`.
+
+    Sharded networks gather their weights call by call, for which all processes have to make the same calls, while their
+    samples may ask for rollouts of different length. So, once `in_step` was called, a process that is through with its
+    rollout repeats its student's call for one row, to no purpose of its own, for as long as another one still walks.
     """
 
     def __init__(self, roles: Roles, precision: Literal["fp32", "bf16", "fp16"], device: torch.device) -> None:
@@ -67,6 +72,39 @@ class Networks:
         self._dtype = _DTYPES.get(precision)
         self.watch = Stopwatch(device)
         self.rows: Counter[str] = Counter()
+        self._roots: list[Any] = []
+        self._any: Callable[[bool], bool] = bool
+        self._idle: tuple[Tensor, Tensor, Condition] | None = None
+
+    def in_step(self) -> None:
+        """For roles that are sharded: from now on all processes make the same calls. Each of them calls this."""
+        self._roots = list(getattr(self._roles, "sharded", ()))
+        self._any = agreement()
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Around every backward pass, to time it and to have the weights there that it needs.
+
+        FSDP gathers a block again when the gradient of its output arrives. What lies outside the blocks waits for the
+        gradient of the network's output, and where a discriminator reads blocks there is none.
+        """
+        self._let_others_walk()
+        with self.watch(name):
+            for root in self._roots:
+                root.unshard()
+            yield
+            for root in self._roots:
+                root.reshard()
+
+    def _let_others_walk(self) -> None:
+        """Idle calls of the student until no process is in its rollout any more."""
+        while self._roots and self._any(False):
+            assert self._idle is not None  # whoever walks has begun with a call of the student, as we have
+            with torch.no_grad(), self._autocast():
+                self._roles.student(*self._idle)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._roles, name)
@@ -89,8 +127,15 @@ class Networks:
     def _call(self, role: str, network: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.rows[role] += len(x)
         rollout = role == "student" and not torch.is_grad_enabled()
+        if self._roots:
+            if role == "student":
+                self._idle = x[:1].detach(), t[:1], index_condition(condition, torch.zeros(1, dtype=torch.long))
+            if rollout:
+                self._any(True)
+            else:
+                self._let_others_walk()
         with self.watch("rollout" if rollout else role):
-            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+            with self._autocast():
                 denoised = network(x, t, condition)
             return denoised.to(x.dtype)
 

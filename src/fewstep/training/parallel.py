@@ -1,9 +1,9 @@
-"""Data parallelism: every process holds all weights and a share of the samples; gradients are summed."""
+"""The processes that train together: each has a share of the samples, and all weights or, sharded, a part of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,14 +54,37 @@ class Group:
             dist.barrier()
 
 
+def agreement() -> Callable[[bool], bool]:
+    """A question to all processes at once: any(mine) is whether it is True in one of them. All call this, and it.
+
+    It goes from processor to processor (gloo), so that no GPU waits for it.
+    """
+    group = dist.new_group(backend="gloo")
+
+    def any_of(mine: bool) -> bool:
+        everyone = torch.tensor(int(mine))
+        dist.all_reduce(everyone, op=dist.ReduceOp.MAX, group=group)
+        return bool(everyone)
+
+    return any_of
+
+
+def leads() -> bool:
+    """Whether this is the process that writes files: the first, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Group]:
     """The group this process belongs to.
 
     An initialised torch.distributed is used as it is. Under torchrun (WORLD_SIZE above 1) one is initialised, nccl
-    for a CUDA `device` and gloo otherwise, and closed at the end. Else the group is this process alone.
+    for a CUDA `device` and gloo otherwise, and closed at the end. Else the group is this process alone. A CUDA `device`
+    becomes the current one.
     """
     owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if owned:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

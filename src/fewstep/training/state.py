@@ -30,6 +30,11 @@ class State:
         """Those there are."""
         return [self.student] if self.critic is None else [self.student, self.critic]
 
+    @property
+    def sharded(self) -> bool:
+        """Whether every process holds only its part."""
+        return self.student.sharded
+
     def bytes(self) -> int:
         """Size of a checkpoint: the parameters, two moments of each, and the average."""
         trained = [parameter for trainee in self.trainees for parameter in trainee.parameters.values()]
@@ -39,21 +44,33 @@ class State:
         self, parent: Path, iteration: int, about: Mapping[str, Any], *, keep: int, extra: Callable[[Path], None]
     ) -> Path:
         """Writes the checkpoint of `iteration`; `about` describes the run. See `checkpoint.save`."""
+        groups, facts = self._contents()
+        return checkpoint.save(parent, iteration, groups, {**about, **facts}, keep=keep, extra=extra)
+
+    def give(self) -> None:
+        """What the other processes do while the first one is in `save`, where the state is sharded."""
+        checkpoint.give(self._contents()[0])
+
+    def _contents(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """Tensors by group, and facts for state.json."""
         groups: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.tensors}
         facts: dict[str, Any] = {"ema_updates": self.ema.updates}
         for trainee in self.trainees:
             groups |= {trainee.role: trainee.parameters, f"{trainee.role}_optimiser": trainee.tensors()}
             facts[f"{trainee.role}_loss_scaler"] = trainee.scaler.state_dict()
-        return checkpoint.save(parent, iteration, groups, {**about, **facts}, keep=keep, extra=extra)
+        return groups, facts
 
     def restore(self, parent: Path, group: Group, iterations: int) -> int:
         """Takes over the newest checkpoint, if any; the iteration it was written at, else 0.
 
-        FewstepError if that is beyond `iterations`. Without a checkpoint the first process gives its parameters to all.
+        FewstepError if that is beyond `iterations`. Without a checkpoint the first process gives its parameters to all;
+        not sharded ones, which every process has read from the same files or drawn from the same seed.
         """
         group.wait()  # for the first process to have the folder ready
         found = checkpoint.newest(parent)
         if found is None:
+            if self.sharded:
+                return 0
             group.same_([p.detach() for trainee in self.trainees for p in trainee.parameters.values()])
             group.same_(self.ema.tensors.values())
             return 0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.shards import fill_, is_sharded, whole
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Loss
-from fewstep.training.networks import Stopwatch
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import Group
 
@@ -27,7 +28,12 @@ class Update:
 
 
 class Trainee:
-    """The student or the critic, with an AdamW of its own."""
+    """The student or the critic, with an AdamW of its own.
+
+    Sharded parameters (`core.shards`) have sharded gradients and moments. FSDP then sums the gradients, and its
+    backward pass is always a whole one: what it leaves with the other role is dropped when that role's next update
+    begins.
+    """
 
     def __init__(
         self,
@@ -35,12 +41,13 @@ class Trainee:
         parameters: Mapping[str, nn.Parameter],
         options: TrainOptions,
         group: Group,
-        watch: Stopwatch,
+        watch: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self.role = role
         self.parameters = dict(parameters)
         self._list = list(self.parameters.values())
         self._options, self._group, self._watch = options, group, watch
+        self.sharded = is_sharded(self._list[0])
         self._clip = (options.student_clip if role == "student" else options.critic_clip) or math.inf
         betas = (float(options.beta1), float(options.beta2))
         self.optimiser = torch.optim.AdamW(self._list, betas=betas, weight_decay=options.weight_decay, fused=True)
@@ -61,12 +68,15 @@ class Trainee:
                 raise self._unreached(iteration)
             share = loss.values.sum() / self._options.batch
             with self._watch("backward"):
-                self.scaler.scale(share).backward(inputs=self._list)  # a loss may lead through the other role as well
+                if self.sharded:
+                    (share * self._group.size).backward()  # FSDP takes the mean over the processes
+                else:
+                    self.scaler.scale(share).backward(inputs=self._list)  # a loss may lead through the other role, too
             mean += share.detach()
             for name, value in loss.metrics.items():
                 metrics[name] = metrics.get(name, 0) + value * (len(loss.values) / self._options.batch)
         self._gather_gradients(mean, iteration)
-        norm = nn.utils.clip_grad_norm_(self._list, self._clip)
+        norm = whole(nn.utils.clip_grad_norm_(self._list, self._clip))
         value, size = torch.stack([mean, norm.to(mean)]).tolist()
         self._refuse_non_finite(value, size, iteration)
         for settings in self.optimiser.param_groups:
@@ -82,7 +92,7 @@ class Trainee:
         for parameter in self._list:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._group.sum_([mean, *(parameter.grad for parameter in self._list)])
+        self._group.sum_([mean, *([] if self.sharded else [parameter.grad for parameter in self._list])])
         self.scaler.unscale_(self.optimiser)
 
     def _unreached(self, iteration: int) -> FewstepError:
@@ -102,7 +112,7 @@ class Trainee:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state as "parameter.entry" -> tensor."""
+        """The optimiser's state as "parameter.entry" -> tensor, sharded as the parameters are."""
         states = self.optimiser.state_dict()["state"]
         names = list(self.parameters)
         return {f"{names[index]}.{key}": value for index, state in states.items() for key, value in state.items()}
@@ -116,7 +126,7 @@ class Trainee:
         indices = {name: index for index, name in enumerate(self.parameters)}
         for name, tensor in optimiser.items():
             parameter, key = name.rsplit(".", 1)
-            states.setdefault(indices[parameter], {})[key] = tensor
+            states.setdefault(indices[parameter], {})[key] = _as_shard(tensor, self.parameters[parameter])
         self.optimiser.load_state_dict({"state": states, "param_groups": self.optimiser.state_dict()["param_groups"]})
         if scaler:
             self.scaler.load_state_dict(dict(scaler))
@@ -134,7 +144,16 @@ def copy_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], wh
             "fix: build the same networks as the run began with"
         )
     for name, target in targets.items():
-        target.copy_(values[name])
+        fill_(target, values[name])
+
+
+def _as_shard(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A whole moment of `parameter` in pieces like the parameter's own; counters as they are."""
+    if not is_sharded(parameter) or value.shape != parameter.shape:
+        return value
+    part = torch.zeros_like(parameter, requires_grad=False)
+    fill_(part, value)
+    return part
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:

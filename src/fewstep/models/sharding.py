@@ -1,0 +1,177 @@
+"""Weights spread over processes with FSDP2, and read from disk only then.
+
+`shard` comes last in the building of roles: network on the meta device -> adapters -> checkpointing -> compile -> shard
+-> load. Every block of a network, and what lies outside its blocks, is gathered while it computes and freed again. What
+is gathered is a block's base, in its own dtype, together with its adapters: one collective for both, and gradients for
+the adapters alone. docs/scaling.md says why, and what it costs.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fewstep.core.shards import whole
+from fewstep.errors import FewstepError
+from fewstep.models.adapters import Switch, shared_copy
+from fewstep.models.backbone import Backbone
+from fewstep.models.deferred import plain_name
+from fewstep.models.discriminator import Heads
+from fewstep.models.roles import Caller, Roles, Seat
+from fewstep.models.wan_experts import WanExperts
+
+
+def shard(roles: Roles, precision: Literal["fp32", "bf16", "fp16"] = "fp32") -> None:
+    """Leave each process only its part of every network of `roles`, in place; every process calls this.
+
+    Roles are then called by all processes at once, and trained by `fewstep.training.train` as before. The backbone's
+    own network holds the same parts, and is no longer called: a teacher that is to sample has to be loaded again. In a
+    single process nothing is spread; weights left on disk (`load_backbone(..., defer=True)`) are loaded all the same.
+
+    Args:
+        roles: as `build_roles` makes them, the same in every process; nobody keeps their parameters yet.
+        precision: of the arithmetic. With bf16, weights are gathered as bfloat16 and gradients summed in float32.
+
+    Raises:
+        FewstepError: roles whose student is several experts.
+    """
+    if type(roles) is not Roles:
+        raise FewstepError(
+            f"found {type(roles).__name__} to be spread over processes, expected roles with one student, "
+            "fix: leave --shard off"
+        )
+    spread = dist.is_initialized() and dist.get_world_size() > 1
+    backbone = roles.backbone if isinstance(roles.backbone, Backbone) else None
+    if spread:
+        device = roles.student_parameters()[0].device if backbone is None else backbone.device
+        if backbone is not None:
+            _seat_apart(roles, backbone)
+        roles.skeletons = _skeletons(roles)
+        roles.sharded = _networks(roles)
+    moved: dict[int, nn.Parameter] = {}
+    theirs = set() if backbone is None else {id(parameter) for parameter in backbone.network.parameters()}
+    for network in _networks(roles):
+        before = {name: id(value) for name, value in network.named_parameters() if id(value) in theirs}
+        if spread:
+            blocks = [] if isinstance(network, Heads) else blocks_of(network)
+            _shard_network(network, blocks, device, precision)
+        if backbone is not None and backbone.deferred is not None:
+            backbone.deferred.load(network)
+            if not spread:
+                network.to(backbone.deferred.device)
+        after = dict(network.named_parameters())
+        moved |= {before[name]: after[name] for name in before}
+    if backbone is not None:
+        for module in backbone.network.modules():
+            module._parameters.update({name: moved.get(id(p), p) for name, p in module._parameters.items()})  # type: ignore[arg-type]
+        backbone.deferred = None
+
+
+def collected(roles: Roles) -> Roles | None:
+    """The student of sharded roles, whole, on the CPU of the first process: for saving; None in the other processes.
+
+    All processes call this; they gather one tensor at a time. Roles that are not sharded are returned as they are.
+    """
+    if not roles.sharded:
+        return roles
+    seat, leads = roles.student_seat, dist.get_rank() == 0
+    twin, plain = (copy.deepcopy(skeleton) for skeleton in roles.skeletons)
+    others = {id(parameter) for parameter in roles.critic_parameters()}
+    for name, parameter in seat.network.named_parameters():
+        if id(parameter) not in others:
+            value = whole(parameter)
+            if leads:
+                _put(twin, name, value.cpu())
+    if not leads:
+        return None
+    of_base = {plain_name(name): value for name, value in twin.named_parameters() if not value.is_meta}
+    for name, parameter in list(plain.named_parameters()):
+        _put(plain, name, of_base.get(name, torch.empty_like(parameter, device="cpu")))
+    switch = None if seat.adapter is None else Switch(twin)
+    return _Collected(roles.backbone, Seat(twin if switch else twin.to("cpu"), switch, seat.adapter), plain.to("cpu"))
+
+
+class _Collected(Roles):
+    """A student and a plain network of the teacher's weights, neither of them for calling."""
+
+    def __init__(self, backbone: Caller, student: Seat, plain: nn.Module) -> None:
+        super().__init__(backbone, student, student, None)
+        self._plain = plain
+
+    def teacher_copy(self) -> nn.Module:
+        return copy.deepcopy(self._plain).float()
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The entries of a network's outermost lists of modules: blocks of a transformer, levels of a UNet."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        lists = isinstance(network, nn.ModuleList) and not isinstance(child, nn.ModuleList)
+        if not lists:
+            found += blocks_of(child)
+        elif any(True for _ in child.parameters()):
+            found.append(child)
+    return found
+
+
+def _shard_network(network: nn.Module, blocks: list[nn.Module], device: torch.device, precision: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":  # inputs are left to autocast: some, such as angles of positions, have to stay float32
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in (*blocks, network):
+        # Always freed after a call, also the root: kept weights would be those from before the next optimiser step.
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for module in network.modules():
+        if isinstance(module, WanExperts):
+            module.together = True
+
+
+def _seat_apart(roles: Roles, backbone: Backbone) -> None:
+    """Where the backbone's network itself has a seat, another tree over its weights takes it.
+
+    FSDP's hooks are on that one then, and the backbone's stays a plain network for what only looks at it.
+    """
+    if roles._teacher.network is not backbone.network:
+        return
+    roles._teacher = Seat(shared_copy(backbone.network))
+    judge = roles._discriminator
+    if judge is not None and judge.seat is not None and judge.seat.network is backbone.network:
+        roles._discriminator = replace(judge, seat=roles._teacher)
+
+
+def _networks(roles: Roles) -> list[nn.Module]:
+    """Every network of the roles that has parameters, once."""
+    seats = [seat for seat in (roles._teacher, roles.student_seat, roles._critic) if seat is not None]
+    networks = [seat.network for seat in seats]
+    if roles._discriminator is not None:
+        networks.append(roles._discriminator.network)
+    return [network for network in dict.fromkeys(networks) if any(True for _ in network.parameters())]
+
+
+def _skeletons(roles: Roles) -> tuple[nn.Module, nn.Module]:
+    """The student's network and the teacher's, of its kind, as they are before sharding, without weights."""
+    seat, backbone = roles.student_seat, roles.backbone
+    if seat.adapter is None or not isinstance(backbone, Backbone):
+        return _skeleton(seat.network), nn.Module()
+    return _skeleton(seat.network), _skeleton(backbone.steps_aware() if roles.steps_aware else backbone.network)
+
+
+def _skeleton(network: nn.Module) -> nn.Module:
+    """A deep copy whose parameters are on the meta device."""
+    nothing = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in network.parameters()}
+    return copy.deepcopy(network, nothing)  # type: ignore[arg-type]
+
+
+def _put(network: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Let `value` be the parameter `name`, frozen."""
+    owner, _, own_name = name.rpartition(".")
+    setattr(network.get_submodule(owner), own_name, nn.Parameter(value.detach(), requires_grad=False))

@@ -1,0 +1,80 @@
+"""Two processes that share their weights give what one with all of them gives (the checks are in sharded_pair.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded_pair as pair
+import tiny_flows
+from safetensors.torch import load_file
+from tiny_pixart import build_pipeline
+from torch.testing import assert_close
+
+from fewstep.training.log import read_log
+
+GROUPS = ("student", "critic", "ema", "student_optimiser", "critic_optimiser")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one process and of two, resumed by the other number."""
+    folder = tmp_path_factory.mktemp("sharding")
+    build_pipeline().save_pretrained(folder / "pixart")
+    tiny_flows.wan("a14b").save_pretrained(folder / "wan")
+    for kind in pair.RUNS:
+        pair.run(folder, folder / f"one-{kind}", kind, spread=False)
+    shutil.copytree(folder / "one-adapters", folder / "one-then-two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", pair.__file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(folder)], timeout=400, env=environment)  # what it said is looked at below
+    return folder
+
+
+@pytest.mark.parametrize("check", pair.CHECKS)
+def test_the_two_say(folder: Path, check: str) -> None:
+    said = [json.loads((folder / f"checks-{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(each.get(check) == "well" for each in said), [each.get(check, "was not reached") for each in said]
+
+
+@pytest.mark.parametrize("kind", pair.RUNS)
+def test_sharded_training_is_the_same(folder: Path, kind: str) -> None:
+    """Losses, norms, gradients (AdamW's first moment, as beta1 is 0), weights, averages, in files alike."""
+    compare(folder / f"one-{kind}", folder / f"two-{kind}", 2)
+
+
+def test_the_samples_are_the_same_whatever_the_number_of_processes(folder: Path) -> None:
+    for kind in pair.RUNS:
+        one, two = (load_file(folder / f"{n}-{kind}/samples-2.safetensors") for n in ("one", "two"))
+        assert_close(two, one, rtol=1e-5, atol=1e-5 * float(one["latents"].abs().max()))
+
+
+def test_a_sharded_student_is_saved_whole(folder: Path) -> None:
+    for kind in pair.RUNS:
+        file = "student/transformer/diffusion_pytorch_model.safetensors"
+        one, two = (load_file(folder / f"{n}-{kind}" / file) for n in ("one", "two"))
+        assert_close(two, one, rtol=1e-5, atol=1e-6)
+
+
+def test_runs_go_on_with_another_number_of_processes(folder: Path) -> None:
+    pair.run(folder, folder / "one-adapters", "adapters", 3, resume=True, spread=False)
+    pair.run(folder, folder / "two-adapters", "adapters", 3, resume=True, spread=False)
+    compare(folder / "one-adapters", folder / "two-adapters", 3)
+    compare(folder / "one-adapters", folder / "one-then-two", 3)
+
+
+def compare(one: Path, two: Path, iteration: int) -> None:
+    for a, b in zip(read_log(one / "log.jsonl"), read_log(two / "log.jsonl"), strict=True):
+        names = [name for name in a if name.startswith(("iteration", "loss/", "metric/", "gradient_norm/"))]
+        assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=1e-5, abs=1e-8)
+    for group in GROUPS:
+        first, second = (
+            load_file(run / f"checkpoints/{iteration:06d}/{group}.safetensors") for run in (one, two)
+        )  # fmt: skip
+        largest = max(float(value.abs().max()) for value in first.values())
+        assert_close(second, first, rtol=0, atol=1e-5 * largest)
