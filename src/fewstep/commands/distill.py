@@ -15,6 +15,7 @@ import torch
 from fewstep.api import EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.data.prompts import read_prompts
+from fewstep.models.quantised import PACKAGES
 
 
 @dataclass(kw_only=True)
@@ -31,8 +32,16 @@ class RunOptions:
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen teacher's weights; what is trained is float32."""
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
+    """Of the frozen teacher's weights; what is trained is float32. int8 (torchao) and nf4 (bitsandbytes, 4 bits) round
+    the blocks of a bfloat16 network, for roles of adapters."""
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """`base_dtype` as arguments of `load_teacher`."""
+        if self.base_dtype in PACKAGES:
+            return {"dtype": torch.bfloat16, "quantised": self.base_dtype}
+        return {"dtype": getattr(torch, self.base_dtype)}
 
 
 @dataclass(kw_only=True)
@@ -65,9 +74,7 @@ def main(arguments: list[str]) -> None:
     args = parse(kind, f"distill {method}", arguments)
     run = args.run
     prompts = read_prompts(run.prompts) if run.prompts else None
-    teacher = load_teacher(
-        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), **asdict(args.size)
-    )
+    teacher = load_teacher(run.teacher, device=choose_device(run.device), **run.base, **asdict(args.size))
     distill(
         teacher,
         args.method,

@@ -117,6 +117,6 @@ def merge_adapter(network: nn.Module, adapter: str, into: nn.Module) -> None:
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer):
             target = into.get_submodule(name).weight
-            target.copy_(target.float() + layer.get_delta_weight(adapter).float())
+            target.copy_(target.float() + layer.get_delta_weight(adapter).float().to(target.device))
         elif isinstance(layer, PerAdapter):
             into.get_submodule(name).load_state_dict(layer.copies[adapter].state_dict())

@@ -76,6 +76,12 @@ class Backbone(ABC):
     """Where not None: the guidance scale that the network itself is told, by all roles and in every call, because
     classifier-free guidance was distilled into it (FLUX.1-dev, LCM). `teacher_guidance` then is 1."""
 
+    quantised: str | None = None
+    """What the blocks of `network` are rounded to, if they are (`fewstep.models.quantised`)."""
+
+    revision: str | None = None
+    """Of the Hub id that `source` is."""
+
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""
 

@@ -23,6 +23,8 @@ import torch
 
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import BACKBONES, Backbone
+from fewstep.models.quantised import check as check_quantisation
+from fewstep.models.quantised import quantise_
 from fewstep.models.quiet import quiet_libraries
 
 ENTRY_POINTS = "fewstep.backbones"
@@ -48,6 +50,7 @@ def load_backbone(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     size: Mapping[str, int] | None = None,
+    quantised: str | None = None,
 ) -> Backbone:
     """Load any pipeline whose network has an adapter.
 
@@ -57,13 +60,17 @@ def load_backbone(
         device: where to put it.
         revision: branch, tag or commit on the Hub.
         size: height, width, num_frames of its samples, where they are not to be the pipeline's own (`Backbone.sides`).
+        quantised: "int8" or "nf4": round the network's blocks (`fewstep.models.quantised`); for roles of adapters.
 
     Raises:
         FewstepError: no pipeline there, no adapter for its network, weights that are pickles, or parts that would need
-            code from the folder, or a size that the family does not have.
+            code from the folder, or a size that the family does not have; a quantisation that is unknown, or whose
+            package is missing.
     """
     from diffusers import DiffusionPipeline
 
+    if quantised is not None:
+        check_quantisation(quantised)
     index = _read_index(source, revision)
     kind = _adapter_for(index, source)
     folder = Path(source)
@@ -83,9 +90,20 @@ def load_backbone(
             f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
-    backbone = kind(pipeline.to(device), str(source))
+    backbone = kind(pipeline, str(source))
+    backbone.revision = revision
     backbone.set_size(size or {})
-    return backbone
+    if quantised is not None:
+        quantise_(backbone.network, quantised, device)
+        backbone.quantised = quantised
+    return backbone.to(device)
+
+
+def original(backbone: Backbone) -> Backbone:
+    """`backbone`, or if its network is quantised the same teacher with its own weights, float32, read again on the CPU."""
+    if backbone.quantised is None:
+        return backbone
+    return load_backbone(backbone.source, revision=backbone.revision, size=backbone.told_size)
 
 
 def built_in() -> list[type[Backbone]]:

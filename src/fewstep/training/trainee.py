@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Loss
+from fewstep.training import optimisers
 from fewstep.training.networks import Stopwatch
+from fewstep.training.optimisers import make_optimiser
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import Group
 
@@ -43,7 +45,7 @@ class Trainee:
         self._options, self._group, self._watch = options, group, watch
         self._clip = (options.student_clip if role == "student" else options.critic_clip) or math.inf
         betas = (float(options.beta1), float(options.beta2))
-        self.optimiser = torch.optim.AdamW(self._list, betas=betas, weight_decay=options.weight_decay, fused=True)
+        self.optimiser = make_optimiser(options.optimiser, self._list, betas, options.weight_decay)
         self.scaler = torch.amp.GradScaler(self._list[0].device.type, enabled=options.precision == "fp16")
 
     def update(self, losses: Iterable[Loss], iteration: int) -> Update:
@@ -103,21 +105,14 @@ class Trainee:
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimiser's state as "parameter.entry" -> tensor."""
-        states = self.optimiser.state_dict()["state"]
-        names = list(self.parameters)
-        return {f"{names[index]}.{key}": value for index, state in states.items() for key, value in state.items()}
+        return optimisers.tensors(self.optimiser, list(self.parameters))
 
     def load(
         self, parameters: Mapping[str, Tensor], optimiser: Mapping[str, Tensor], scaler: Mapping[str, float]
     ) -> None:
         """Takes over what `parameters`, `tensors()` and `scaler.state_dict()` were when a checkpoint was written."""
         copy_tensors(self.parameters, parameters, self.role)
-        states: dict[int, dict[str, Tensor]] = {}
-        indices = {name: index for index, name in enumerate(self.parameters)}
-        for name, tensor in optimiser.items():
-            parameter, key = name.rsplit(".", 1)
-            states.setdefault(indices[parameter], {})[key] = tensor
-        self.optimiser.load_state_dict({"state": states, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        optimisers.load(self.optimiser, optimiser, list(self.parameters))
         if scaler:
             self.scaler.load_state_dict(dict(scaler))
 

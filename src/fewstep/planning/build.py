@@ -1,0 +1,105 @@
+"""A teacher without its weights: networks of fake tensors from the configs of its folder, in seconds and no memory."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fewstep.models.backbone import Backbone
+from fewstep.models.loading import _adapter_for, _read_index
+from fewstep.models.quiet import quiet_libraries
+from fewstep.models.wan_experts import WanExperts
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A pipeline whose networks have shapes and no numbers."""
+
+    backbone: Backbone
+    mode: FakeTensorMode
+    """In which its networks are called."""
+    others: Mapping[str, int]
+    """Parameters of the pipeline's other networks by part: text encoders, autoencoder."""
+
+    def in_dtype(self, dtype: torch.dtype) -> Backbone:
+        """The teacher with its network's weights in `dtype`, but for those that the family keeps in float32."""
+        made = copy.copy(self.backbone)
+        with self.mode:
+            made.network = _cast(copy.deepcopy(self.backbone.network), dtype)
+        return made
+
+
+def blueprint(source: str | Path, *, size: Mapping[str, int] | None = None, revision: str | None = None) -> Blueprint:
+    """The teacher at `source` (a diffusers folder or a Hub id) from its configs; no weights are read or fetched.
+
+    Raises:
+        FewstepError: no pipeline there, no adapter for it, or a size that it does not have.
+    """
+    index = _read_index(source, revision)
+    kind = _adapter_for(index, source)
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json"]))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    parts: dict[str, Any] = {}
+    others: dict[str, int] = {}
+    with quiet_libraries():
+        for name, value in index.items():
+            if isinstance(value, list) and len(value) == 2 and value[1] is not None:
+                part = _part(folder / name, *value, mode)
+                if isinstance(part, nn.Module) and not name.startswith(("transformer", "unet")):
+                    others[name] = sum(parameter.numel() for parameter in part.parameters())
+                parts[name] = None if name in ("safety_checker", "image_encoder") else part
+        pipeline = _pipeline(kind.pipeline_class(index["_class_name"]), index, parts)
+        with mode:
+            backbone = kind(pipeline, str(source))
+    backbone.set_size(size or {})
+    if isinstance(backbone.network, WanExperts):  # which expert computes is not known without times: any, as all cost
+        backbone.network.forward = backbone.network.high.forward  # type: ignore[method-assign]
+    return Blueprint(backbone, mode, others)
+
+
+def _part(folder: Path, library: str, name: str, mode: FakeTensorMode) -> Any:
+    """A network with fake weights, a scheduler as it is; None for tokenizers and the like, which hold no weights."""
+    home = "diffusers.pipelines.stable_diffusion" if library == "stable_diffusion" else library
+    kind = getattr(import_module(home), name)
+    if inspect.isclass(kind) and issubclass(kind, nn.Module):
+        if hasattr(kind, "config_class") and kind.config_class is not None:  # of transformers
+            config = kind.config_class.from_pretrained(folder)
+            with torch.device("meta"):
+                return kind(config)
+        with mode:
+            return kind.from_config(kind.load_config(folder))
+    return kind.from_config(kind.load_config(folder)) if folder.name == "scheduler" else None
+
+
+def _pipeline(kind: Any, index: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    """The pipeline of `parts` with the options of `index`."""
+    import diffusers
+
+    if kind is diffusers.DiffusionPipeline:
+        kind = getattr(diffusers, index["_class_name"])
+    names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    told = {name: index[name] for name in names if name in index and name not in parts}
+    absent = {name for name in names if isinstance(told.get(name), list)}
+    return kind(**{**told, **dict.fromkeys(absent), **{name: parts[name] for name in names if name in parts}})
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """As diffusers loads weights: `dtype`, but float32 in the modules that the class keeps so."""
+    kept = {name for module in network.modules() for name in getattr(module, "_keep_in_fp32_modules", None) or ()}
+    for name, parameter in network.named_parameters():
+        wanted = torch.float32 if kept.intersection(name.split(".")) else dtype
+        parameter.data = parameter.data.to(wanted)
+    return network.requires_grad_(False)
