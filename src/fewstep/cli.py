@@ -11,6 +11,7 @@ from importlib import import_module
 
 COMMANDS = {
     "distill": "distil a teacher into a few-step student",
+    "plan": "memory, time and cost of a run before it is launched, and what to change if it does not fit",
     "sample": "draw pictures with a student or the teacher",
     "evaluate": "quality, prompt-following and variety on held-out captions of the embedded data set",
     "compare": "one page that puts teachers and students side by side",

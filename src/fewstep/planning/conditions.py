@@ -24,8 +24,11 @@ def _pixart(backbone: Backbone, config: Any) -> Shapes:
 
 
 def _stable_diffusion_xl(backbone: Backbone, config: Any) -> Shapes:
-    pooled = backbone.pipeline.text_encoder_2.config.projection_dim
-    return {STATES: (_CLIP, config.cross_attention_dim), POOLED: (pooled,)}
+    times = 6 * config.addition_time_embed_dim  # of the six numbers about the image, behind the pooled text
+    return {
+        STATES: (_CLIP, config.cross_attention_dim),
+        POOLED: (config.projection_class_embeddings_input_dim - times,),
+    }
 
 
 def _stable_diffusion_3(backbone: Backbone, config: Any) -> Shapes:

@@ -48,8 +48,10 @@ def require(kind: Optimiser) -> None:
 
 
 def state_bytes(kind: Optimiser, numbers: int) -> int:
-    """Bytes of the state of a parameter of so many float32 numbers, without what does not grow with it."""
-    if kind == "adamw" or numbers < _SMALL:
+    """Bytes of the state of a parameter of so many float32 numbers; tables that all parameters share are left out."""
+    if kind == "adamw":
+        return 8 * numbers + 4  # the count of steps is a tensor
+    if numbers < _SMALL:
         return 8 * numbers
     return 2 * (numbers + 4 * -(-numbers // _BLOCK))
 
