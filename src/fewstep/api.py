@@ -207,7 +207,8 @@ def distill(
     )
     if hooks is None:
         hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0)
-    kept = {name: value for name, value in asdict(roles).items() if name not in ("checkpointing", "compile", "discriminator")}
+    free = ("checkpointing", "compile", "discriminator")
+    kept = {name: value for name, value in asdict(roles).items() if name not in free}
     if needs.discriminator:
         kept["discriminator"] = features
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts)}

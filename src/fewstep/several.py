@@ -276,7 +276,8 @@ def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]
 
 
 def _configuration(backbone: Backbone, roles: RoleOptions, texts: Sequence[str]) -> dict[str, Any]:
-    kept = {name: value for name, value in asdict(roles).items() if name not in ("checkpointing", "compile")}  # the result is the same
+    free = ("checkpointing", "compile")  # the result is the same
+    kept = {name: value for name, value in asdict(roles).items() if name not in free}
     size = {"size": backbone.told_size} if backbone.told_size else {}
     return {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts), **size}
 

@@ -23,7 +23,8 @@ def test_eight_bits_resume_to_the_bit(tmp_path: Path) -> None:
     run(tmp_path / "halves", roles=second, resume=True, **runs)
     for one, other in zip(whole.student_parameters(), second.student_parameters(), strict=True):
         assert torch.equal(one, other)
-    saved = [load_file(tmp_path / name / "checkpoints/000006/critic_optimiser.safetensors") for name in ("whole", "halves")]
+    files = [tmp_path / name / "checkpoints/000006/critic_optimiser.safetensors" for name in ("whole", "halves")]
+    saved = [load_file(path) for path in files]
     assert {name for name, value in saved[0].items() if value.dtype == torch.uint8} == {
         "inner.weight.state1", "inner.weight.state2",
     }  # fmt: skip

@@ -45,8 +45,8 @@ def compile_blocks(network: nn.Module, backend: str) -> None:
     blocks = repeated_blocks(network)
     if not blocks:
         raise FewstepError(
-            f"found a {type(network).__name__} without repeated blocks to compile, expected a network of diffusers that "
-            "names them (_repeated_blocks), fix: leave --compile out"
+            f"found a {type(network).__name__} without repeated blocks to compile, expected a network of diffusers "
+            "that names them (_repeated_blocks), fix: leave --compile out"
         )
     settings: Any = torch._dynamo.config
     limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # the second: torch 2.6

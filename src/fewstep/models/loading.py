@@ -100,7 +100,7 @@ def load_backbone(
 
 
 def original(backbone: Backbone) -> Backbone:
-    """`backbone`, or if its network is quantised the same teacher with its own weights, float32, read again on the CPU."""
+    """`backbone`, or where its network is quantised the same teacher in float32, read again on the CPU."""
     if backbone.quantised is None:
         return backbone
     return load_backbone(backbone.source, revision=backbone.revision, size=backbone.told_size)

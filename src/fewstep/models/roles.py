@@ -267,8 +267,8 @@ def build_roles(
         )
     if backbone.quantised is not None and kind != "adapters":
         raise FewstepError(
-            f"found roles {kind!r} on a base in {backbone.quantised}, expected adapters, since copies of rounded weights "
-            "cannot be trained, fix: --roles adapters, or --base-dtype bfloat16"
+            f"found roles {kind!r} on a base in {backbone.quantised}, expected adapters, since copies of rounded "
+            "weights cannot be trained, fix: --roles adapters, or --base-dtype bfloat16"
         )
     ranks = {STUDENT: rank, CRITIC: rank if critic_rank is None else critic_rank}
     if min(ranks.values()) < 1:

@@ -32,10 +32,10 @@ def advise(print_: Blueprint, run: Run, room: int) -> Iterator[Change]:
             return
 
 
-Change_ = tuple[str, str, Run]
+_Step = tuple[str, str, Run]
 
 
-def _changes(run: Run) -> Iterator[Change_]:
+def _changes(run: Run) -> Iterator[_Step]:
     """(option, what it costs, the run with it), each made from the one before; those that are set are left out."""
 
     def role(run: Run, **told: object) -> Run:

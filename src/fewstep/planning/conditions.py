@@ -59,9 +59,7 @@ FAMILIES: Mapping[str, Callable[[Backbone, Any], Shapes]] = {
     "QwenImage": _masked("joint_attention_dim"),
     "ZImage": _masked("cap_feat_dim"),
     "CogVideoX": lambda backbone, config: {STATES: (config.max_text_seq_length, config.text_embed_dim)},
-    "Wan": lambda backbone, config: {
-        STATES: (call_default(backbone.pipeline, "max_sequence_length"), config.text_dim)
-    },
+    "Wan": lambda backbone, config: {STATES: (call_default(backbone.pipeline, "max_sequence_length"), config.text_dim)},
 }
 """By the name of the adapter, which those derived from it share."""
 

@@ -91,7 +91,7 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     frozen, trained, average = _weights(roles, run)
     numbers = {role: sum(p.numel() for p in parameters) for role, parameters in trained.items()}
     every = [parameter for parameters in trained.values() for parameter in parameters]
-    block = _largest_block(roles, run)
+    block = _largest_block(roles)
     known: dict[int, tuple[Tensor, Tensor]] = {}
     frozen_numbers = sum(p.numel() for p in roles.backbone.network.parameters())  # type: ignore[attr-defined]
     for network in {id(n): n for n in _networks(roles)}.values():
@@ -148,8 +148,8 @@ def _validate(run: Run) -> None:
         )
     if run.base_dtype in PACKAGES and run.roles.roles != "adapters":
         raise FewstepError(
-            f"found roles {run.roles.roles!r} on a base in {run.base_dtype}, expected adapters, since copies of rounded "
-            "weights cannot be trained, fix: --roles adapters, or --base-dtype bfloat16"
+            f"found roles {run.roles.roles!r} on a base in {run.base_dtype}, expected adapters, since copies of "
+            "rounded weights cannot be trained, fix: --roles adapters, or --base-dtype bfloat16"
         )
 
 
@@ -198,7 +198,7 @@ def _rounded(roles: Roles) -> dict[int, Tensor]:
     return {id(layer.weight): layer.weight for layer in layers if isinstance(layer, nn.Linear)}
 
 
-def _largest_block(roles: Roles, run: Run) -> int:
+def _largest_block(roles: Roles) -> int:
     """Bytes of the weights of the largest block, gathered; of the whole network where it names no blocks."""
     blocks = list(repeated_blocks(roles._student.network).values()) or [roles._student.network]
     return max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks)

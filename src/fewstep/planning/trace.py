@@ -129,9 +129,7 @@ def trace(
     return total
 
 
-def _run(
-    print_: Blueprint, roles: Any, network: nn.Module, call: Call, precision: Any, words: int | None
-) -> Cost:
+def _run(print_: Blueprint, roles: Any, network: nn.Module, call: Call, precision: Any, words: int | None) -> Cost:
     """One forward, and a backward if the call has one, of the network as it is now."""
     backbone = roles.backbone
     networks: Any = Networks(roles, precision, torch.device("cpu"))

@@ -1,7 +1,8 @@
 """AdamW, in full or with its two moments in 8 bits, and the way of its state to disk and back to the bit.
 
 "adamw" is torch's, fused on every device: 8 bytes a trained parameter. "adamw8bit" is bitsandbytes' (Dettmers et al.,
-arXiv 2110.02861): a byte for each moment and four for every 256 of them; tensors of fewer than 4096 numbers stay in full.
+arXiv 2110.02861): a byte for each moment and four for every 256 of them; tensors of fewer than 4096 numbers stay in
+full.
 """
 
 from __future__ import annotations
