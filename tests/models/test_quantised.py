@@ -14,6 +14,7 @@ from fewstep.models import Backbone, build_roles, load_backbone
 from fewstep.models import quantised as module
 from fewstep.models.blocks import repeated_blocks
 from fewstep.models.quantised import PACKAGES, rounded_bytes
+from fewstep.planning.trace import Ledger
 from fewstep.training.options import TrainOptions
 
 KINDS = {"int8": 0.03, "nf4": 0.3}
@@ -63,6 +64,17 @@ def test_bytes_are_as_planned(rounded, backbone, kind: str) -> None:
                     parts = [weight, weight.quant_state.absmax]
                 found += sum(part.numel() * part.element_size() for part in parts)
     assert found == planned
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_unrounded_is_kept_for_the_backward(rounded, kind: str) -> None:
+    layer = rounded[kind].network.transformer_blocks[0].attn1.to_q
+    x = torch.randn(2, layer.in_features, requires_grad=True)
+    with Ledger([x, layer.weight, layer.bias]) as ledger:
+        answer = layer(x)
+        assert ledger.alive < 2 * layer.in_features * layer.out_features  # unrounded they are 4 bytes each
+    answer.sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -99,6 +99,7 @@ def add_adapter(network: nn.Module, adapter: str, *, rank: int, alpha: float, ta
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*peft_config.*")  # a second adapter is what we want
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass.*")  # PEFT merges nothing here
         inject_adapter_in_model(config, network, adapter)
     for parameter in adapter_parameters(network, adapter).values():
         parameter.data = parameter.data.float()

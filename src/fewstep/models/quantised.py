@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fewstep.errors import FewstepError
 from fewstep.models.blocks import repeated_blocks
@@ -65,11 +66,37 @@ def check(kind: str) -> None:
         )
 
 
-def _int8(layer: nn.Module, device: torch.device | str) -> nn.Module:
+def _int8(layer: Any, device: torch.device | str) -> nn.Module:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(layer.to(device), Int8WeightOnlyConfig(version=2))
-    return layer
+    layer = layer.to(device)
+    quantize_(layer, Int8WeightOnlyConfig(version=2))
+    rounded = Int8Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    rounded.weight, rounded.bias = layer.weight, layer.bias
+    return rounded
+
+
+class Int8Linear(nn.Linear):
+    """A frozen linear layer over torchao's rounded weights, which are unrounded for a moment in each direction.
+
+    torchao's own keeps the unrounded weights of every layer for the backward, which is what a small base is to avoid.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = _Unrounded.apply(input, self.weight)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+
+class _Unrounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return functional.linear(x, weight.dequantize().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return (gradient @ ctx.weight.dequantize().to(gradient.dtype)).to(ctx.dtype), None
 
 
 def _nf4(layer: Any, device: torch.device | str) -> nn.Module:

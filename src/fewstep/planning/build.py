@@ -95,11 +95,10 @@ def blueprint(source: str | Path, *, size: Mapping[str, int] | None = None, revi
 def _part(folder: Path, library: str, name: str) -> Any:
     """A network without weights, a scheduler as it is; None for tokenizers and the like, which hold no weights."""
     home = "diffusers.pipelines.stable_diffusion" if library == "stable_diffusion" else library
-    kind = getattr(import_module(home), name)
-    if inspect.isclass(kind) and issubclass(kind, nn.Module):
-        if hasattr(kind, "config_class") and kind.config_class is not None:  # of transformers
-            config = kind.config_class.from_pretrained(folder)
-            return kind(config)
+    kind: Any = getattr(import_module(home), name)
+    if issubclass(kind, nn.Module):
+        if getattr(kind, "config_class", None) is not None:  # of transformers
+            return kind(kind.config_class.from_pretrained(folder))
         return kind.from_config(kind.load_config(folder))
     if folder.name != "scheduler":
         return None

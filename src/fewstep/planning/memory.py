@@ -92,6 +92,7 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     numbers = {role: sum(p.numel() for p in parameters) for role, parameters in trained.items()}
     every = [parameter for parameters in trained.values() for parameter in parameters]
     block = _largest_block(roles)
+    unrounded = max((w.nbytes for w in _rounded(roles).values()), default=0) if run.base_dtype in PACKAGES else 0
     known: dict[int, tuple[Tensor, Tensor]] = {}
     frozen_numbers = sum(p.numel() for p in roles.backbone.network.parameters())  # type: ignore[attr-defined]
     for network in {id(n): n for n in _networks(roles)}.values():
@@ -120,18 +121,21 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     at_rest = sum(parts.values())
     parts |= {name.replace("_", " "): size for name, size in others.items()}
     parts["prompts and paths"] = _prompts_and_paths(roles, run)
-    parts["activations"] = int(max(_peak([cost(call) for call in calls], calls) for calls in phases.values()))
+    most = max(_peak([cost(call) for call in calls], calls) for calls in phases.values())
+    parts["activations"] = int(most) + unrounded  # of a quantised base, the layer that computes
     student = Call("student", 1, False, False)
     graphs = sum(
-        call.graph * call.rows / run.rows * (method.critic_updates if phase == "critic" else 1)
+        call.rows / run.rows * (method.critic_updates if phase == "critic" else 1)
         for phase, calls in phases.items()
         for call in calls
+        if call.graph
     )
+    told = shapes(print_.backbone, run.words)
     return Plan(
         parameters={"frozen": frozen_numbers, **numbers},
         parts=parts,
         saving=at_rest + sum(others.values()) + average + _copy_bytes(run, frozen_numbers),
-        cache_per_prompt=sum(2 * math.prod(shape) for shape in shapes(roles.backbone, run.words).values()),  # type: ignore[arg-type]
+        cache_per_prompt=sum(2 * math.prod(shape) for shape in told.values()),
         forwards=method.forwards(),
         passes=method.forwards() + (3 if run.roles.checkpointing else 2) * graphs,
         operations=cost(student).operations,
