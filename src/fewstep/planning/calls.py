@@ -34,7 +34,7 @@ class Call:
 def calls_of(options: Options, process: Process, rows: int) -> dict[str, list[Call]]:
     """The calls of a critic update and of the student's update for a micro-batch of `rows`, in order.
 
-    Those of the student's path, which come first, are given with all rows: later calls of the path have fewer.
+    Those without a backward are given with all rows: along a path, some are of fewer.
     """
     measured = {name: 1.0 for name in ("moment_mean", "moment_variance") if getattr(options, name, 0.0) is None}
     method = replace(options, **measured).build() if measured else options.build()  # type: ignore[type-var]
