@@ -4,6 +4,7 @@ Each part is skipped when its result is already in DIR, and continues where it s
   1 teacher      the embedded teacher from nothing and long, then its judge, reference and table
   2 runs         the table of TDM runs on the shipped teacher: critic target, tau range, metric, roles, ablations, drift
   3 league       all methods on the shipped teacher at full length: ten times the forwards of the CPU's league
+  4 step         time and peak memory of a training step of full-size networks with random weights, against the plan's
 Everything it writes is text, safetensors and PNG.
 """
 
@@ -16,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-PARTS = ("teacher", "runs", "league")
-CONTINUED = ("runs", "league")
+PARTS = ("teacher", "runs", "league", "step")
+CONTINUED = ("runs", "league", "step")
 """Parts that know themselves what is left to do, and are called in every round."""
 PROCESSES = 4
 """That share the league: its networks are too small for one process to fill a GPU."""
@@ -79,6 +80,19 @@ def league(out: Path, limit: float) -> None:
             process.wait()
 
 
+def step(out: Path, limit: float) -> None:
+    """Full-size networks, adapters and copies, row by row for at most ten minutes; rows that are there are kept."""
+    script, end = Path(__file__).parent / "training_step.py", time.monotonic() + min(limit, 600)
+    common = ["--device", "cuda", "--precision", "bf16", "--base-dtype", "bfloat16", "--iterations", "3"]
+    for names, batch, more in (
+        (("pixart-512", "pixart-1024", "sd3-m"), 8, ()),
+        (("sdxl", "cogvideox-2b", "wan-1.3b"), 2, ("--checkpointing",)),
+    ):
+        words = [*names, *common, "--batch", str(batch), *more, "--out", str(out / "steps.json")]
+        minutes = max(0.0, end - time.monotonic()) / 60
+        subprocess.run([sys.executable, script, *words, "--minutes", f"{minutes:.2f}"], check=False)
+
+
 def main() -> None:
     """Run what is not done yet until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,7 +103,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     end, done_file = time.monotonic() + 60 * args.minutes, args.out / "done.json"
     done = json.loads(done_file.read_text()) if done_file.exists() else []
-    work = {"teacher": teacher, "runs": runs, "league": league}
+    work = {"teacher": teacher, "runs": runs, "league": league, "step": step}
     for name in args.parts:
         left = end - time.monotonic()
         if name in done or left < 60:

@@ -12,6 +12,7 @@ from importlib import import_module
 COMMANDS = {
     "distill": "distil a teacher into a few-step student",
     "cache": "encode prompts to disk ahead of distillations",
+    "plan": "memory, time and cost of a run before it is launched, and what to change if it does not fit",
     "sample": "draw pictures with a student or the teacher",
     "serve": "a student behind the OpenAI images API, over HTTP",
     "evaluate": "quality against network calls, relative to the teacher, with intervals",

@@ -178,6 +178,11 @@ def distill_part(
     if not isinstance(parts, int) and prompts is None:
         prompts = [prompt for given in parts for prompt in given]
     backbone, texts = _begin(teacher, dm, prompts)
+    if smaller and backbone.quantised is not None:
+        raise FewstepError(
+            f"found a base in {backbone.quantised} to cut a smaller student from, expected whole weights, "
+            "fix: --base-dtype bfloat16"
+        )
     router = _router(backbone, texts, parts, out)
     if not 1 <= part <= router.parts:
         raise FewstepError(f"found part {part} of {router.parts}, expected 1 to {router.parts}, fix: name one of these")
@@ -299,6 +304,7 @@ def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]
         "alpha": roles.alpha,
         "layers": roles.layers,
         "checkpointing": roles.checkpointing,
+        "compile_backend": "inductor" if roles.compile else None,
         "critic": needs.critic or (needs.discriminator and features == "critic"),
         "discriminator": features if needs.discriminator else "none",
         "steps_aware": needs.steps_condition or needs.landing_condition,

@@ -89,4 +89,5 @@ def load(source: str, device: torch.device, **sides: int) -> Teacher | Student:
                 f"found {sides} for a student, expected no size, since it has its teacher's, fix: leave it out"
             )
         return load_student(source, device=device)
-    return load_teacher(source, device=device, **sides)  # type: ignore[arg-type]
+    told: dict[str, Any] = dict(sides)
+    return load_teacher(source, device=device, **told)

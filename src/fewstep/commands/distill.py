@@ -17,6 +17,7 @@ from fewstep.commands.common import choose_device, parse
 from fewstep.conditions import TextOptions
 from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
+from fewstep.models.quantised import PACKAGES
 
 
 @dataclass(kw_only=True)
@@ -34,8 +35,16 @@ class RunOptions:
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen teacher's weights; what is trained is float32."""
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
+    """Of the frozen teacher's weights; what is trained is float32. int8 (torchao) and nf4 (bitsandbytes, 4 bits) round
+    the blocks of a bfloat16 network, for roles of adapters."""
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """`base_dtype` as arguments of `load_teacher`."""
+        if self.base_dtype in PACKAGES:
+            return {"dtype": torch.bfloat16, "quantised": self.base_dtype}
+        return {"dtype": getattr(torch, self.base_dtype)}
 
 
 @dataclass(kw_only=True)
@@ -76,10 +85,8 @@ def main(arguments: list[str]) -> None:
     sizes = size.pop("sizes")
     if sizes and any(size.values()):
         raise FewstepError(f"found --sizes {sizes} and {size}, expected one or the other, fix: leave one out")
-    teacher = load_teacher(
-        run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device), defer=args.roles.shard,
-        **size,
-    )  # fmt: skip
+    told = {**run.base, **size, "defer": args.roles.shard}
+    teacher = load_teacher(run.teacher, device=choose_device(run.device), **told)
     distill(
         teacher,
         args.method,

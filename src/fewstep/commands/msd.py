@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, make_dataclass
 
-import torch
-
 from fewstep.api import RoleOptions, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.commands.distill import RunOptions
@@ -49,7 +47,7 @@ def main(arguments: list[str]) -> None:
     args = parse(kind, f"msd {method}", arguments)
     run, part = args.run, args.part
     distill_part(
-        load_teacher(run.teacher, dtype=getattr(torch, run.base_dtype), device=choose_device(run.device)),
+        load_teacher(run.teacher, device=choose_device(run.device), **run.base),
         part.part,
         out=run.out,
         parts=part.parts,

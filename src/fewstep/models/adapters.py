@@ -102,6 +102,7 @@ def add_adapter(network: nn.Module, adapter: str, *, rank: int, alpha: float, ta
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     with warnings.catch_warnings(), _standing_in(network):
         warnings.filterwarnings("ignore", message=".*peft_config.*")  # a second adapter is what we want
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass.*")  # PEFT merges nothing here
         inject_adapter_in_model(config, network, adapter)
     for parameter in adapter_parameters(network, adapter).values():
         parameter.data = parameter.data.float()
@@ -137,6 +138,6 @@ def merge_adapter(network: nn.Module, adapter: str, into: nn.Module) -> None:
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer):
             target = into.get_submodule(name).weight
-            target.copy_(target.float() + layer.get_delta_weight(adapter).float())
+            target.copy_(target.float() + layer.get_delta_weight(adapter).float().to(target.device))
         elif isinstance(layer, PerAdapter):
             into.get_submodule(name).load_state_dict(layer.copies[adapter].state_dict())

@@ -82,6 +82,11 @@ class Backbone(ABC):
     comfyui_key: Callable[[str, Mapping[str, Any]], str] | None = None
     """(layer, config of the network) -> what ComfyUI calls the layer in a LoRA file (`fewstep.models.comfyui`); None
     where it has no such model."""
+    quantised: str | None = None
+    """What the blocks of `network` are rounded to, if they are (`fewstep.models.quantised`)."""
+
+    revision: str | None = None
+    """Of the Hub id that `source` is."""
 
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""

@@ -22,6 +22,7 @@ from fewstep.core.tensors import Condition, index_condition
 from fewstep.errors import FewstepError
 from fewstep.models.adapters import PerAdapter, adapter_parameters, add_adapter
 from fewstep.models.backbone import Backbone
+from fewstep.models.loading import original
 from fewstep.models.roles import Kind, Roles, Seat, build_roles
 
 
@@ -69,7 +70,7 @@ class ExpertRoles(Roles):
 
         assert isinstance(self.backbone, Backbone)
         networks = [
-            _plain_copy(self.backbone.network)
+            _plain_copy(original(self.backbone).network)
             if seat is self._teacher
             else Roles(self.backbone, self._teacher, seat, None).student_network()
             for seat in self._experts

@@ -25,6 +25,8 @@ from torch import nn
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import BACKBONES, Backbone
 from fewstep.models.deferred import Deferred, left_on_disk, weight_files
+from fewstep.models.quantised import check as check_quantisation
+from fewstep.models.quantised import quantise_
 from fewstep.models.quiet import quiet_libraries
 
 ENTRY_POINTS = "fewstep.backbones"
@@ -51,6 +53,7 @@ def load_backbone(
     revision: str | None = None,
     size: Mapping[str, int] | None = None,
     defer: bool = False,
+    quantised: str | None = None,
 ) -> Backbone:
     """Load any pipeline whose network has an adapter.
 
@@ -61,13 +64,22 @@ def load_backbone(
         revision: branch, tag or commit on the Hub.
         size: height, width, num_frames of its samples, where they are not to be the pipeline's own (`Backbone.sides`).
         defer: leave the network's weights on disk for `fewstep.models.sharding.shard` to read, each process its part.
+        quantised: "int8" or "nf4": round the network's blocks (`fewstep.models.quantised`); for roles of adapters.
 
     Raises:
         FewstepError: no pipeline there, no adapter for its network, weights that are pickles, or parts that would need
-            code from the folder, or a size that the family does not have.
+            code from the folder, or a size that the family does not have; a quantisation that is unknown, or whose
+            package is missing.
     """
     from diffusers import DiffusionPipeline
 
+    if quantised is not None:
+        check_quantisation(quantised)
+        if defer:
+            raise FewstepError(
+                f"found defer with a base in {quantised}, expected one or the other, since rounded weights are not "
+                "divided, fix: --base-dtype bfloat16, or leave --shard off"
+            )
     index = _read_index(source, revision)
     kind = _adapter_for(index, source)
     folder = Path(source)
@@ -91,17 +103,27 @@ def load_backbone(
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
     for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and name not in networks:
+        if isinstance(part, nn.Module) and name not in networks and (quantised is None or name != kind.network_name):
             part.to(device)
     backbone = kind(pipeline, str(source))
-    backbone.folder = folder
+    backbone.folder, backbone.revision = folder, revision
     if defer:
         named = [*backbone.network.named_parameters(), *backbone.network.named_buffers()]
         backbone.deferred = Deferred(
             torch.device(device), {n: (*files[id(t)], t.dtype) for n, t in named if id(t) in files}
         )
     backbone.set_size(size or {})
-    return backbone
+    if quantised is not None:
+        quantise_(backbone.network, quantised, device)
+        backbone.quantised = quantised
+    return backbone.to(device)
+
+
+def original(backbone: Backbone) -> Backbone:
+    """`backbone`, or where its network is quantised the same teacher in float32, read again on the CPU."""
+    if backbone.quantised is None:
+        return backbone
+    return load_backbone(backbone.source, revision=backbone.revision, size=backbone.told_size)
 
 
 def _networks(index: Mapping[str, Any], kind: type[Backbone]) -> dict[str, type[nn.Module]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from fewstep.core.tensors import Condition
 
@@ -82,10 +83,15 @@ def without_padding(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     evenly: such a batch is left alone.
     """
     words = mask.bool()
-    if not bool(words.any(1).all()):
+    if is_fake(mask) or not bool(words.any(1).all()):  # of a plan's shapes nothing is known to be padding
         return states, mask
     used = words.any(0)
     return states[:, used], mask[:, used]
+
+
+def word_counts(mask: Tensor) -> list[int]:
+    """Words of each row of a mask (B, L); all L where only the shape is there, as in a plan."""
+    return [mask.shape[1]] * len(mask) if is_fake(mask) else mask.sum(1).tolist()
 
 
 def dynamic_shift(scheduler: Any, tokens: int) -> dict[str, float]:

@@ -39,7 +39,9 @@ from fewstep.models.adapters import (
     shared_copy,
 )
 from fewstep.models.backbone import Backbone
+from fewstep.models.blocks import compile_blocks
 from fewstep.models.discriminator import Heads, tapped
+from fewstep.models.loading import original
 
 Kind = Literal["adapters", "copies", "mixed"]
 Layers = Literal["attention+ff", "all-linear"]
@@ -219,7 +221,7 @@ class Roles:
     def teacher_copy(self) -> nn.Module:
         """The teacher's network, steps-aware if the student is, float32, with weights of its own."""
         assert isinstance(self.backbone, Backbone)
-        return _own_copy(self.backbone, self.steps_aware)
+        return _own_copy(original(self.backbone), self.steps_aware)
 
     def _critic_trained(self) -> dict[str, nn.Parameter]:
         own = {} if self._critic is None else self._critic.parameters()
@@ -248,6 +250,7 @@ def build_roles(
     checkpointing: bool = False,
     critic: bool = True,
     discriminator: Features = "none",
+    compile_backend: str | None = None,
     seed: int = 0,
 ) -> Roles:
     """Seat the three roles, and a discriminator if it is asked for.
@@ -265,11 +268,14 @@ def build_roles(
         critic: whether there is one, for methods that ask it or a discriminator that reads its features.
         discriminator: whose features it reads: the critic's, which it then shapes too (DMD2), or those of the frozen
             teacher (f-distill).
+        compile_backend: where given, blocks are compiled when first called, by this backend of torch.compile
+            ("inductor" is the usual one).
         seed: of the new weights (adapters, step embedding, heads).
 
     Raises:
         FewstepError: unknown kind, layers or discriminator, a rank below 1, an alpha not above 0, a discriminator
-            without the critic it should read, or on a backbone that does not say where its features are.
+            without the critic it should read, or on a backbone that does not say where its features are; a full copy of
+            a quantised base.
     """
     if kind not in get_args(Kind):
         raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")
@@ -281,6 +287,11 @@ def build_roles(
         raise FewstepError(
             "found a discriminator on the features of a critic that is not there, expected one to read, fix: leave "
             "critic at True, or set discriminator to 'teacher'"
+        )
+    if backbone.quantised is not None and kind != "adapters":
+        raise FewstepError(
+            f"found roles {kind!r} on a base in {backbone.quantised}, expected adapters, since copies of rounded "
+            "weights cannot be trained, fix: --roles adapters, or --base-dtype bfloat16"
         )
     ranks = {STUDENT: rank, CRITIC: rank if critic_rank is None else critic_rank}
     if min(ranks.values()) < 1:
@@ -308,7 +319,9 @@ def build_roles(
         for network, its_switch in {(seat.network, seat.switch) for seat in seats.values()}:
             own_way = checkpoint_function(its_switch) if its_switch else None
             network.enable_gradient_checkpointing(own_way)
-    # Compilation of blocks belongs here: after checkpointing, before `fewstep.models.sharding.shard`.
+    if compile_backend is not None:
+        for network in {base, *(seat.network for seat in seats.values())}:
+            compile_blocks(network, compile_backend)
     return Roles(backbone, Seat(base, switch), seats[STUDENT], seats.get(CRITIC), judge)
 
 

@@ -19,7 +19,17 @@ from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.comfyui import same_key
 from fewstep.models.discriminator import blocks_at
-from fewstep.models.pipelines import MASK, STATES, decoded, dynamic_shift, encoded_images, in_batches, padded, pixels
+from fewstep.models.pipelines import (
+    MASK,
+    STATES,
+    decoded,
+    dynamic_shift,
+    encoded_images,
+    in_batches,
+    padded,
+    pixels,
+    word_counts,
+)
 from fewstep.models.recipes import Recipe, Setting
 from fewstep.models.sizes import Side
 from fewstep.models.videos import call_default
@@ -53,7 +63,7 @@ class ZImage(Backbone):
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype
-        lengths = condition[MASK].sum(1).tolist()  # words come first
+        lengths = word_counts(condition[MASK])  # words come first
         texts = [states[:length] for states, length in zip(condition[STATES].to(dtype), lengths, strict=True)]
         outputs = network(list(x.to(dtype).unsqueeze(2)), (1 - t).float(), texts, return_dict=False)[0]
         flow = -torch.stack(outputs).squeeze(2).to(x.dtype)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fewstep.errors import FewstepError
+from fewstep.training.optimisers import Optimiser, require
 
 #: Options that may change when a run is resumed: they decide what is written and when, or only the rounding.
 FREE_ON_RESUME = frozenset(
@@ -34,6 +35,8 @@ class TrainOptions:
     """Peak learning rate of the student, 0 or more. BLADE: 1e-4 for adapters; paper: 2e-6 for all weights."""
     critic_rate: float = 4e-4
     """Peak learning rate of the critic, 0 or more. TDM-R1: 4 times the student's; paper: 10 times."""
+    optimiser: Optimiser = "adamw"
+    """`adamw`, or `adamw8bit` with moments of a byte each (bitsandbytes): a quarter of the optimiser's memory."""
     beta1: float = 0.0
     """AdamW's decay of the mean gradient, [0, 1). Paper: 0 on every backbone."""
     beta2: float = 0.999
@@ -80,6 +83,8 @@ class TrainOptions:
         for name in ("beta1", "beta2", "ema_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("final_rate", 0 <= self.final_rate <= 1, "between 0 and 1")
+        self._require("optimiser", self.optimiser in get_args(Optimiser), "adamw or adamw8bit")
+        require(self.optimiser)
         self._require("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
         self._require("precision", self.precision in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16")
         self._require("warmup", self.warmup <= self.iterations, f"at most iterations = {self.iterations}")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fewstep.core.shards import fill_, is_sharded, whole
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Loss
+from fewstep.training import optimisers
+from fewstep.training.optimisers import make_optimiser
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import Group
 
@@ -50,7 +52,7 @@ class Trainee:
         self.sharded = is_sharded(self._list[0])
         self._clip = (options.student_clip if role == "student" else options.critic_clip) or math.inf
         betas = (float(options.beta1), float(options.beta2))
-        self.optimiser = torch.optim.AdamW(self._list, betas=betas, weight_decay=options.weight_decay, fused=True)
+        self.optimiser = make_optimiser(options.optimiser, self._list, betas, options.weight_decay)
         self.scaler = torch.amp.GradScaler(self._list[0].device.type, enabled=options.precision == "fp16")
 
     def update(self, losses: Iterable[Loss], iteration: int) -> Update:
@@ -113,21 +115,15 @@ class Trainee:
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimiser's state as "parameter.entry" -> tensor, sharded as the parameters are."""
-        states = self.optimiser.state_dict()["state"]
-        names = list(self.parameters)
-        return {f"{names[index]}.{key}": value for index, state in states.items() for key, value in state.items()}
+        return optimisers.tensors(self.optimiser, list(self.parameters))
 
     def load(
         self, parameters: Mapping[str, Tensor], optimiser: Mapping[str, Tensor], scaler: Mapping[str, float]
     ) -> None:
         """Takes over what `parameters`, `tensors()` and `scaler.state_dict()` were when a checkpoint was written."""
         copy_tensors(self.parameters, parameters, self.role)
-        states: dict[int, dict[str, Tensor]] = {}
-        indices = {name: index for index, name in enumerate(self.parameters)}
-        for name, tensor in optimiser.items():
-            parameter, key = name.rsplit(".", 1)
-            states.setdefault(indices[parameter], {})[key] = _as_shard(tensor, self.parameters[parameter])
-        self.optimiser.load_state_dict({"state": states, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        own = {name: _as_shard(value, self.parameters[name.rsplit(".", 1)[0]]) for name, value in optimiser.items()}
+        optimisers.load(self.optimiser, own, list(self.parameters))
         if scaler:
             self.scaler.load_state_dict(dict(scaler))
 

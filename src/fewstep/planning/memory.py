@@ -1,0 +1,236 @@
+"""Memory by part, forwards, time and cost of a run, from a teacher without weights and the options of `distill`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.api import RoleOptions
+from fewstep.errors import FewstepError
+from fewstep.methods.base import Options
+from fewstep.models.blocks import repeated_blocks
+from fewstep.models.quantised import PACKAGES, rounded_bytes
+from fewstep.models.roles import Roles, build_roles
+from fewstep.planning.build import Blueprint
+from fewstep.planning.calls import Call, calls_of
+from fewstep.planning.conditions import shapes
+from fewstep.planning.trace import Cost, trace
+from fewstep.training.optimisers import state_bytes
+from fewstep.training.options import TrainOptions
+
+_AHEAD = 2
+"""Blocks that are whole at a time where weights are sharded: the one that computes and the next, being gathered."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that memory and time depend on."""
+
+    options: Options
+    roles: RoleOptions
+    train: TrainOptions
+    base_dtype: str = "float32"
+    gpus: int = 1
+    shard: bool = False
+    text_encoder: str = "resident"
+    words: int | None = None
+
+    @property
+    def share(self) -> int:
+        """Samples of one process in an iteration."""
+        return -(-self.train.batch // self.gpus)
+
+    @property
+    def rows(self) -> int:
+        """Samples of one process in one forward."""
+        return min(self.train.microbatch or self.share, self.share)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. Bytes are those of one GPU."""
+
+    parameters: Mapping[str, int]
+    """Numbers: of the frozen network, and trained of student and critic (with a discriminator)."""
+    parts: Mapping[str, int]
+    """Bytes by part while it trains; those of weights, gradients, optimiser and average are exact."""
+    saving: int
+    """Bytes held while the student is written at the end, without activations."""
+    cache_per_prompt: int
+    """Bytes on disk of an encoded prompt in bfloat16."""
+    forwards: float
+    """Network forwards per sample and iteration, as the method counts them; a guided call counts 2."""
+    passes: float
+    """The same with backward passes: one counts two forwards, and three where it computes blocks again."""
+    operations: float
+    """Floating-point operations of one forward of the student for one sample."""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the fullest moment."""
+        return max(sum(self.parts.values()), self.saving)
+
+    def seconds(self, run: Run, per_forward: float) -> float:
+        """Of an iteration, where a forward of one sample takes `per_forward` seconds on one of the GPUs."""
+        return self.passes * run.share * per_forward
+
+
+def plan(print_: Blueprint, run: Run) -> Plan:
+    """Count and trace. Takes seconds for small networks and up to minutes for deep ones.
+
+    Raises:
+        FewstepError: options out of range, as `distill` would.
+    """
+    _validate(run)
+    roles = _roles(print_, run)
+    frozen, trained, average = _weights(roles, run)
+    numbers = {role: sum(p.numel() for p in parameters) for role, parameters in trained.items()}
+    every = [parameter for parameters in trained.values() for parameter in parameters]
+    block = _largest_block(roles)
+    unrounded = max((w.nbytes for w in _rounded(roles).values()), default=0) if run.base_dtype in PACKAGES else 0
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    frozen_numbers = sum(p.numel() for p in roles.backbone.network.parameters())  # type: ignore[attr-defined]
+    for network in {id(n): n for n in _networks(roles)}.values():
+        print_.made_callable(network, known)
+    costs: dict[Call, Cost] = {}
+
+    def cost(call: Call) -> Cost:
+        if call not in costs:
+            costs[call] = trace(print_, roles, call, precision=run.train.precision, words=run.words)
+        return costs[call]
+
+    phases = calls_of(run.options, roles.process, run.rows)
+    method = run.options.build()
+    others = {name: numbers * _bytes(run) for name, numbers in print_.others.items()}
+    if run.text_encoder != "resident":
+        others = {name: size for name, size in others.items() if "text_encoder" not in name}
+    parts = {
+        "frozen weights": frozen,
+        "trained weights": sum(p.nbytes for p in every),
+        "gradients": sum(p.nbytes for p in every),
+        "optimiser": sum(state_bytes(run.train.optimiser, p.numel()) for p in every),
+        "average": average,
+    }
+    if run.shard:
+        parts = {name: -(-size // run.gpus) for name, size in parts.items()} | {"gathered blocks": _AHEAD * block}
+    at_rest = sum(parts.values())
+    parts |= {name.replace("_", " "): size for name, size in others.items()}
+    parts["prompts and paths"] = _prompts_and_paths(roles, run)
+    most = max(_peak([cost(call) for call in calls], calls) for calls in phases.values())
+    parts["activations"] = int(most) + unrounded  # of a quantised base, the layer that computes
+    student = Call("student", 1, False, False)
+    graphs = sum(
+        call.rows / run.rows * (method.critic_updates if phase == "critic" else 1)
+        for phase, calls in phases.items()
+        for call in calls
+        if call.graph
+    )
+    told = shapes(print_.backbone, run.words)
+    return Plan(
+        parameters={"frozen": frozen_numbers, **numbers},
+        parts=parts,
+        saving=at_rest + sum(others.values()) + average + _copy_bytes(run, frozen_numbers),
+        cache_per_prompt=sum(2 * math.prod(shape) for shape in told.values()),
+        forwards=method.forwards(),
+        passes=method.forwards() + (3 if run.roles.checkpointing else 2) * graphs,
+        operations=cost(student).operations,
+    )
+
+
+def _validate(run: Run) -> None:
+    run.options.validate()
+    run.train.validate()
+    if not 1 <= run.gpus <= run.train.batch:
+        raise FewstepError(
+            f"found {run.gpus} GPUs for batch = {run.train.batch}, expected 1 to as many as there are samples, "
+            "fix: change --gpus or --batch"
+        )
+    if run.base_dtype in PACKAGES and run.roles.roles != "adapters":
+        raise FewstepError(
+            f"found roles {run.roles.roles!r} on a base in {run.base_dtype}, expected adapters, since copies of "
+            "rounded weights cannot be trained, fix: --roles adapters, or --base-dtype bfloat16"
+        )
+
+
+def _roles(print_: Blueprint, run: Run) -> Roles:
+    """As `distill` builds them, on the meta device."""
+    needs, told = run.options.build().needs, run.roles
+    features = needs.features if told.discriminator == "method" else told.discriminator
+    return build_roles(
+        print_.in_dtype(torch.float32 if run.base_dtype == "float32" else torch.bfloat16),
+        told.roles,
+        rank=told.rank,
+        critic_rank=told.critic_rank,
+        layers=told.layers,
+        checkpointing=told.checkpointing,
+        critic=needs.critic or (needs.discriminator and features == "critic"),
+        discriminator=features if needs.discriminator else "none",
+        steps_aware=needs.steps_condition or needs.landing_condition,
+    )
+
+
+def _networks(roles: Roles) -> list[nn.Module]:
+    seats = [seat for seat in (roles._teacher, roles._student, roles._critic) if seat is not None]
+    judge = roles._discriminator
+    return [seat.network for seat in seats] + ([] if judge is None else [judge.network])
+
+
+def _weights(roles: Roles, run: Run) -> tuple[int, dict[str, list[nn.Parameter]], int]:
+    """Bytes that are frozen, trained parameters by role, bytes of the average."""
+    trained = {"student": roles.student_parameters(), "critic": roles.critic_parameters()}
+    counted = {id(parameter) for parameters in trained.values() for parameter in parameters}
+    rounded = _rounded(roles) if run.base_dtype in PACKAGES else {}
+    frozen = 0
+    for network in _networks(roles):
+        for tensor in [*network.parameters(), *network.buffers()]:
+            if id(tensor) not in counted:
+                counted.add(id(tensor))
+                size = rounded_bytes(run.base_dtype) if id(tensor) in rounded else None
+                frozen += tensor.nbytes if size is None else size(tensor.shape, tensor.element_size())
+    return frozen, trained, sum(p.nbytes for p in trained["student"]) if run.train.ema_decay else 0
+
+
+def _rounded(roles: Roles) -> dict[int, Tensor]:
+    """The weights that a quantised base has in few bits."""
+    network = roles.backbone.network  # type: ignore[attr-defined]
+    layers = [layer for block in repeated_blocks(network).values() for layer in block.modules()]
+    return {id(layer.weight): layer.weight for layer in layers if isinstance(layer, nn.Linear)}
+
+
+def _largest_block(roles: Roles) -> int:
+    """Bytes of the weights of the largest block, gathered; of the whole network where it names no blocks."""
+    blocks = list(repeated_blocks(roles._student.network).values()) or [roles._student.network]
+    return max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks)
+
+
+def _prompts_and_paths(roles: Roles, run: Run) -> int:
+    """Of all samples of an iteration: encoded prompts, and the student's path, which is kept in float32."""
+    backbone: Any = roles.backbone
+    text = sum(_bytes(run) * math.prod(shape) for shape in shapes(backbone, run.words).values())
+    path = (3 * max(run.options.counts) + 1) * 4 * math.prod(backbone.latent_shape)
+    return run.share * (text + path)
+
+
+def _peak(costs: list[Cost], calls: list[Call]) -> float:
+    """Most bytes at any time of one loss: what calls before keep for their backward, and what the present one holds."""
+    held = most = 0.0
+    for cost, call in zip(costs, calls, strict=True):
+        most = max(most, held + cost.forward)
+        held += cost.saved if call.graph else 0
+    again = [cost.backward - cost.saved for cost, call in zip(costs, calls, strict=True) if call.graph]
+    return max(most, held + max(again, default=0))
+
+
+def _copy_bytes(run: Run, numbers: int) -> int:
+    """The float32 network that is written at the end; a quantised base is merged on the CPU."""
+    return 0 if run.base_dtype in PACKAGES else 4 * numbers
+
+
+def _bytes(run: Run) -> int:
+    """Of a number in the parts of the pipeline that are not trained."""
+    return 4 if run.base_dtype == "float32" else 2

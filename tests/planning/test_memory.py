@@ -1,0 +1,137 @@
+"""A plan's bytes: weights and optimiser to the byte, activations near what the CPU's allocator hands out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_pixart import PROMPTS
+from torch.profiler import ProfilerActivity, profile
+
+from fewstep.api import RoleOptions, load_teacher
+from fewstep.commands.plan import main, size_in_bytes
+from fewstep.core.streams import Streams
+from fewstep.errors import FewstepError
+from fewstep.methods import preset
+from fewstep.methods.base import Batch
+from fewstep.models import build_roles
+from fewstep.models.pipelines import MASK
+from fewstep.planning.advice import _changes, advise
+from fewstep.planning.build import blueprint
+from fewstep.planning.memory import Run, plan
+from fewstep.training.optimisers import make_optimiser, tensors
+from fewstep.training.options import TrainOptions
+
+ROWS = 6
+
+
+def run_of(**told) -> Run:
+    names = {"roles", "rank", "checkpointing"}
+    roles = RoleOptions(**{"rank": 4} | {name: told.pop(name) for name in names & told.keys()})
+    return replace(Run(preset("tdm"), roles, TrainOptions(batch=ROWS)), **told)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "copies", "mixed"])
+def test_weights_and_optimiser_to_the_byte(folders, kind: str) -> None:
+    found = plan(blueprint(folders["middle"]), run_of(roles=kind))
+    roles = build_roles(load_teacher(folders["middle"]).backbone, kind, rank=4)
+    student, critic = roles.student_parameters(), roles.critic_parameters()
+    assert found.parameters["student"] == sum(p.numel() for p in student)
+    assert found.parameters["critic"] == sum(p.numel() for p in critic)
+    networks = {id(seat.network): seat.network for seat in (roles._teacher, roles._student, roles._critic)}
+    every = {id(t): t for n in networks.values() for t in [*n.parameters(), *n.buffers()]}
+    trained = {id(p): p for p in [*student, *critic]}
+    assert found.parts["trained weights"] == sum(p.nbytes for p in trained.values())
+    assert found.parts["frozen weights"] == sum(t.nbytes for key, t in every.items() if key not in trained)
+    state = 0
+    for parameters in (student, critic):
+        optimiser = make_optimiser("adamw", parameters, (0.0, 0.999), 0.0)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        state += sum(value.nbytes for value in tensors(optimiser, [str(n) for n in range(len(parameters))]).values())
+    assert found.parts["optimiser"] == state
+    assert found.parts["average"] == sum(p.nbytes for p in student)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["adapters", "copies"])
+def test_activations_are_the_allocators(folders, kind: str, checkpointing: bool) -> None:
+    """One iteration of TDM, measured by the profiler of torch's CPU allocator."""
+    backbone = load_teacher(folders["middle"]).backbone
+    roles = build_roles(backbone, kind, rank=4, checkpointing=checkpointing)
+    condition = backbone.encode(PROMPTS * (ROWS // len(PROMPTS)))
+    null = backbone.null_condition()
+    words = int(torch.cat([condition[MASK], null[MASK]]).sum(1).max())
+    for parameter in [*roles.student_parameters(), *roles.critic_parameters()]:
+        parameter.grad = torch.zeros_like(parameter)
+    method, draw = preset("tdm").build(), Streams(0).at(1, torch.arange(ROWS))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        path = method.rollout(Batch(condition, torch.arange(ROWS), backbone.latent_shape), roles, draw)
+        method.critic_loss(path, roles, draw).values.sum().backward(inputs=roles.critic_parameters())
+        method.student_loss(path, roles, draw).values.sum().backward(inputs=roles.student_parameters())
+    alive = most = 0
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    found = plan(blueprint(folders["middle"]), run_of(roles=kind, checkpointing=checkpointing, words=words))
+    latents = 4 * ROWS * math.prod(backbone.latent_shape)
+    path = (3 * 4 + 1) * latents  # of four calls; counted among "prompts and paths"
+    assert found.parts["activations"] + path == pytest.approx(most, rel=0.1)
+
+
+def test_sharding_divides_and_changes_are_tried_in_order(folders) -> None:
+    print_ = blueprint(folders["middle"])
+    whole = plan(print_, run_of(roles="copies", gpus=2))
+    half = plan(print_, run_of(roles="copies", gpus=2, shard=True))
+    assert half.parts["optimiser"] == -(-whole.parts["optimiser"] // 2)
+    assert half.parts["gathered blocks"] > 0
+    steps = list(_changes(run_of(roles="copies", gpus=2)))
+    assert [option for option, _, _ in steps] == [
+        "--checkpointing", "--microbatch 1", "prompts encoded beforehand", "--shard", "--base-dtype bfloat16",
+        "--precision bf16", "--optimiser adamw8bit", "--roles adapters", "--base-dtype int8", "--base-dtype nf4",
+    ]  # fmt: skip
+    smallest = plan(print_, steps[-1][2]).total
+    assert smallest < half.total < whole.total
+    start = run_of(base_dtype="int8", checkpointing=True, text_encoder="cache")
+    room = plan(print_, next(_changes(start))[2]).total
+    assert [(one.option, one.total, one.fits) for one in advise(print_, start, room)] == [
+        ("--microbatch 1", room, True)
+    ]
+
+
+_EVERYTHING = [
+    "--checkpointing", "--microbatch", "1", "--text-encoder", "cache", "--base-dtype", "nf4", "--precision", "bf16",
+    "--optimiser", "adamw8bit",
+]  # fmt: skip
+
+
+def test_the_command(folders, capsys) -> None:
+    words = ["--teacher", str(folders["middle"]), "--memory", "1GiB", "--reserve", "0GB", "--roles", "adapters"]
+    main(["tdm", *words, "--batch", "4", "--seconds-per-forward", "0.5", "--price-per-hour", "3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert found["changes"] == []
+    assert found["forwards_per_sample"] == pytest.approx(7.75)
+    assert found["passes_per_sample"] == pytest.approx(7.75 + 2 * 2)  # two calls have a backward
+    assert found["iteration_seconds"] == pytest.approx(11.75 * 4 * 0.5)
+    assert found["price"] == pytest.approx(found["iteration_seconds"] * 400 / 3600 * 3)
+    main(["tdm", *words, *_EVERYTHING, "--batch", "4", "--memory", "0.001GB"])
+    told = capsys.readouterr().out
+    assert "does not fit" in told
+    assert "--shard --gpus 4" in told
+
+
+def test_sizes_and_refusals(folders) -> None:
+    assert size_in_bytes("80GB") == 80 * 10**9
+    assert size_in_bytes("1.5 GiB") == 3 * 2**29
+    with pytest.raises(FewstepError, match="found the size '80'"):
+        size_in_bytes("80")
+    with pytest.raises(FewstepError, match="found roles 'copies' on a base in nf4"):
+        plan(blueprint(folders["middle"]), run_of(roles="copies", base_dtype="nf4"))
+    with pytest.raises(FewstepError, match="found 9 GPUs for batch = 6"):
+        plan(blueprint(folders["middle"]), run_of(gpus=9))
