@@ -102,17 +102,18 @@ def load_backbone(
             f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
             "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and name not in networks and (quantised is None or name != kind.network_name):
-            part.to(device)
     backbone = kind(pipeline, str(source))
     backbone.folder, backbone.revision = folder, revision
+    backbone.set_size(size or {})
     if defer:
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name not in networks:
+                part.to(device)
         named = [*backbone.network.named_parameters(), *backbone.network.named_buffers()]
         backbone.deferred = Deferred(
             torch.device(device), {n: (*files[id(t)], t.dtype) for n, t in named if id(t) in files}
         )
-    backbone.set_size(size or {})
+        return backbone
     if quantised is not None:
         quantise_(backbone.network, quantised, device)
         backbone.quantised = quantised
