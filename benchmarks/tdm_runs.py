@@ -49,6 +49,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "unify": {"preset": "tdm-unify"},
     "unify, not told K": {"preset": "tdm-unify", "method": {"steps_condition": False}},
     "long": {"times": 5},
+    "solver term, start at 1, long": {
+        "method": {"start_time": 1.0, "solver_weight": 10.0, "solver_substeps": 3},
+        "train": {"student_rate": 2e-4, "critic_rate": 8e-4, "ema_decay": 0.995},
+        "times": 10,
+    },
+    "solver term, long": {
+        "method": {"solver_weight": 10.0},
+        "train": {"student_rate": 2e-4, "critic_rate": 8e-4, "ema_decay": 0.995},
+        "times": 12,
+    },
 }
 """Name -> what differs: "preset", "method" options, "roles", "train" options, "times" the iterations."""
 
