@@ -1,4 +1,4 @@
-"""What starting below t = 1 costs: the embedded teacher's own guided steps from there, `python benchmarks/start_times.py`.
+"""What starting below t = 1 costs the embedded teacher's own guided steps: `python benchmarks/start_times.py`.
 
 A student whose first call is made at t = 0.8 takes pure noise for what the data would be there. How far even many
 guided steps from that time stay from the teacher's samples is a floor for whatever imitates them. About a minute a row
