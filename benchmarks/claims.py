@@ -493,15 +493,18 @@ def sid_descents() -> Mapping[str, Variant]:
 
 
 def batch_noise(seed: int, divergence: str, normalised: bool) -> Numbers:
-    """f-distill: spread over batches of 128 of the pull on the mean, over its mean; student N(0, 1), teacher N(d, 1)."""
+    """f-distill: spread over batches of 128 of the pull on the mean, over its mean.
+
+    Student N(0, 1), teacher N(d, 1.2^2).
+    """
     x = np.random.default_rng(seed).normal(size=(2000, 128))
     found = {}
     for gap in (1.0, 2.0):
-        ratio = np.exp(gap * x - gap**2 / 2).clip(0.1, 20)
+        ratio = (np.exp(x**2 / 2 - (x - gap) ** 2 / (2 * 1.44)) / 1.2).clip(0.1, 20)
         if normalised:
             ratio = ratio / ratio.mean(1, keepdims=True)
         weight = {"forward_kl": ratio, "jensen_shannon": ratio / (1 + ratio)}[divergence]
-        pull = gap * (weight / weight.mean(1, keepdims=True) if normalised else weight)  # scores differ by d everywhere
+        pull = ((gap - x) / 1.44 + x) * (weight / weight.mean(1, keepdims=True) if normalised else weight)
         found[f"d = {gap:g}"] = float(pull.mean(1).std() / pull.mean(1).mean())
     return found
 
@@ -514,28 +517,34 @@ def batch_noises() -> Mapping[str, Variant]:
     }
 
 
-def rank_correlation(seed: int, divergence: str) -> Numbers:
-    """f-distill: Spearman's, over the student's samples, of weight and size of the score difference.
+def rank_correlation(seed: int, divergence: str, broad: bool) -> Numbers:
+    """f-distill: Spearman's, over the student's samples, of weight and size of the score difference, at noise 0.5.
 
-    Teacher 0.7 N(-1, 0.3^2) + 0.3 N(1.5, 0.4^2), student the same with the shares the other way round, noise 0.5.
+    Teacher 0.7 N(-1, 0.3^2) + 0.3 N(1.5, 0.4^2); the student has the shares the other way round, or is one `broad`
+    normal law of the teacher's mean and variance.
     """
     rng = np.random.default_rng(seed)
-    mean, var = np.array([-1.0, 1.5]), np.array([0.09, 0.16]) + 0.25
-    pick = (rng.uniform(size=4000) > 0.3).astype(int)
-    x = (mean[pick] + np.sqrt(var[pick]) * rng.normal(size=4000))[:, None]
+    modes = np.array([[0.7, -1.0, 0.34], [0.3, 1.5, 0.41]])  # share, mean, noised variance
+    student = np.array([[1.0, -0.25, 1.6735]]) if broad else modes * [0, 1, 1] + [[0.3, 0, 0], [0.7, 0, 0]]
+    pick = rng.choice(len(student), size=4000, p=student[:, 0])
+    x = (student[pick, 1] + np.sqrt(student[pick, 2]) * rng.normal(size=4000))[:, None]
 
-    def law(share: tuple[float, float]) -> tuple[Any, Any]:
-        density = np.array(share) * np.exp(-((x - mean) ** 2) / (2 * var)) / np.sqrt(var)
+    def law(parts: Any) -> tuple[Any, Any]:
+        share, mean, var = parts.T
+        density = share * np.exp(-((x - mean) ** 2) / (2 * var)) / np.sqrt(var)
         return density.sum(1), (density * (mean - x) / var).sum(1) / density.sum(1)
 
-    (p, real), (q, fake) = law((0.7, 0.3)), law((0.3, 0.7))
+    (p, real), (q, fake) = law(modes), law(student)
     weight = {"forward_kl": p / q, "jensen_shannon": p / (p + q)}[divergence]
     ranks = [np.argsort(np.argsort(values)) for values in (weight, np.abs(real - fake))]
     return {"rank correlation": float(np.corrcoef(*ranks)[0, 1])}
 
 
 def rank_correlations() -> Mapping[str, Variant]:
-    return {kind: partial(rank_correlation, divergence=kind) for kind in ("forward_kl", "jensen_shannon")}
+    return {
+        "student with the shares swapped": partial(rank_correlation, divergence="jensen_shannon", broad=False),
+        "student one broad normal law": partial(rank_correlation, divergence="jensen_shannon", broad=True),
+    }
 
 
 def claims() -> dict[str, Claim]:
