@@ -221,7 +221,7 @@ def kill_at(attempt: Attempt, place: int, aim: str, seconds: dict[str, float], d
 
 def outcome(out: Path, iterations: int) -> dict[str, bytes]:
     """All that has to be the same, by name."""
-    roots = {"checkpoint": out / "checkpoints" / f"{iterations:06d}", "student": out / "student"}
+    roots = {"checkpoint": out / "checkpoints" / f"{iterations:06d}", "student": out / "student", "lora": out / "lora"}
     found = {
         f"{name}/{path.relative_to(root)}": path.read_bytes()
         for name, root in roots.items()

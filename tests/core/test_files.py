@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fewstep.core.files import check_index, checksum, read_weights
+from fewstep.core.files import check_index, checksum, read_weights, save_weights
 from fewstep.errors import FewstepError
 
 
@@ -29,6 +30,18 @@ def _entry(shape: list[int], end: int, begin: int = 0, dtype: str = "F32") -> di
 def test_what_was_saved_is_read(tmp_path: Path) -> None:
     save_file({"a.weight": torch.arange(640.0)}, tmp_path / "w.safetensors")
     torch.testing.assert_close(read_weights(tmp_path / "w.safetensors"), {"a.weight": torch.arange(640.0)})
+
+
+def test_the_same_contents_are_the_same_bytes(tmp_path: Path) -> None:
+    metadata = {name: f'{name} é "\n\t\x01\x7f/' for name in "qwertyuiop"}  # safetensors alone: 10! orders
+    tensors = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.int64)}
+    save_weights(tmp_path / "w.safetensors", tensors, metadata)
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+    torch.testing.assert_close(read_weights(tmp_path / "w.safetensors"), tensors)
+    data = (tmp_path / "w.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(metadata)
 
 
 class _Evil:

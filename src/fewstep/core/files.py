@@ -8,6 +8,7 @@ one sentence, and pickles under a false name are called what they are.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,24 @@ def read_weights(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 
     check_weights(path)
     return load_file(path, device=str(device))
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file with metadata, of the same bytes for the same contents.
+
+    safetensors writes metadata in an order that changes with every call; here they are put in order by their names.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, dict(metadata))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length, "safetensors spaced its header"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def check_index(path: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.files import read_weights
+from fewstep.core.files import read_weights, save_weights
 from fewstep.errors import FewstepError
 from fewstep.models.adapters import adapter_parameters, add_adapter
 from fewstep.models.backbone import Backbone
@@ -81,8 +81,6 @@ def save_loras(
         dtype: of the weights.
         metadata: of the safetensors file, beside its format.
     """
-    from safetensors.torch import save_file
-
     first, files = next(iter(loras)), weights_files(loras, peft)
     prefix = _PEFT_PREFIX if peft else f"{first}."
     for part, layers in loras.items():
@@ -90,7 +88,7 @@ def save_loras(
         for layer, lora in layers.items():
             tensors[f"{prefix}{layer}.lora_A.weight"] = lora.down.to(dtype).contiguous()
             tensors[f"{prefix}{layer}.lora_B.weight"] = lora.up.to(dtype).contiguous()
-        save_file(tensors, folder / files[part], {"format": "pt", **metadata})
+        save_weights(folder / files[part], tensors, {"format": "pt", **metadata})
     if peft:
         from peft import LoraConfig
 
