@@ -32,7 +32,7 @@ from fewstep.models.sharding import collected, shard
 from fewstep.models.sizes import SizeList
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
-from fewstep.training.folder import refuse_run
+from fewstep.training.folder import refuse_run, room
 from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import leads, process_group
@@ -273,7 +273,7 @@ def distill(
             )
         if listed is not None:
             listed.first()
-        with result.ema.applied():
+        with result.ema.applied(), room(Path(out)):
             student = collected(seats)
             if group.leads and student is not None:
                 told = {"iterations": result.iteration, "train": asdict(train_options), **configuration}

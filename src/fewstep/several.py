@@ -54,7 +54,7 @@ from fewstep.models.schedulers import choose_scheduler
 from fewstep.models.smaller import build_smaller_roles, smaller_network
 from fewstep.models.student import ROUTER, Student, load_student
 from fewstep.models.teacher import Teacher
-from fewstep.training.folder import refuse_run
+from fewstep.training.folder import refuse_run, room
 from fewstep.training.loop import Hooks, RealData
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import process_group
@@ -119,7 +119,7 @@ def distill_phases(
         )
     if listed is not None:
         listed.first()
-    with result.ema.applied():
+    with result.ema.applied(), room(Path(out)):
         return _saved(seats, options, Path(out), {"iterations": result.iteration, **configuration})
 
 
@@ -230,7 +230,7 @@ def distill_part(
         result, made = train_in_turn(
             turns, data, home, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
         )
-    with result.ema.applied():
+    with result.ema.applied(), room(home):
         return _saved(made, stages[-1].options, home, {"iterations": result.iteration, **configuration})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -154,6 +155,13 @@ def damaged(folder: Path, tmp_path: Path, damage: str) -> str:
     if damage == "pickle":
         weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
         weights.rename(weights.with_suffix(".bin"))
+    elif damage == "false name":
+        torch.save({}, copy / "transformer" / "diffusion_pytorch_model.safetensors")
+    elif damage == "cut off":
+        os.truncate(copy / "vae" / "diffusion_pytorch_model.safetensors", 1000)
+    elif damage == "index to a pickle":
+        named = {"weight_map": {"proj_out.weight": "weights.bin"}}
+        (copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(named))
     elif damage == "no weights":
         (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     elif damage == "no index":
@@ -177,6 +185,9 @@ def damaged(folder: Path, tmp_path: Path, damage: str) -> str:
     ("damage", "words"),
     [
         ("pickle", "safetensors"),
+        ("false name", "found a pickle .*diffusion_pytorch_model.safetensors"),
+        ("cut off", "found a damaged file at .*vae"),
+        ("index to a pickle", "weights.bin.* beside it"),
         ("no weights", "diffusers cannot load"),
         ("no index", "model_index.json"),
         ("broken index", "model_index.json"),

@@ -18,6 +18,7 @@ from fewstep.core import grids
 from fewstep.core.process import Flow
 from fewstep.errors import FewstepError
 from fewstep.models import Backbone, Roles, build_roles, choose_scheduler, load_backbone, load_student, save_student
+from fewstep.models.export import written_atomically
 
 SEEDS = [3, 4, 5]
 PLAIN = {"guidance_scale": 1, "output_type": "latent", "use_resolution_binning": False}
@@ -64,6 +65,22 @@ def test_diffusers_alone_samples_what_we_sample(backbone: Backbone, tmp_path: Pa
     ours = load_student(tmp_path / "student").latents(PROMPTS, SEEDS)
     assert_latents_close(ours, theirs)
     assert not torch.allclose(ours, trained_latents_of_teacher(backbone), rtol=0.01)
+
+
+def test_what_a_killed_export_left_is_cleared_away(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for left in (
+        f".student.{ended.pid}.new",
+        f".student.{ended.pid}.old",
+        ".student.1.new",
+        ".other.1.new",
+        ".student.x",
+    ):
+        (tmp_path / left / "unet").mkdir(parents=True)
+    with written_atomically(tmp_path / "student") as place:
+        (place / "fewstep.json").write_text("{}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.1.new", ".student.1.new", ".student.x", "student"]
 
 
 def trained_latents_of_teacher(backbone: Backbone) -> torch.Tensor:

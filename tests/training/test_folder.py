@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import resource
 import shutil
+import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import training_toy as toy
+from safetensors.torch import save_file
 
 from fewstep.errors import FewstepError
-from fewstep.training import folder
+from fewstep.training import checkpoint, folder
 from fewstep.training.log import read_log
+from fewstep.training.loop import Hooks
 
 
 class _Usage(NamedTuple):
@@ -112,3 +120,46 @@ def test_the_space_asked_for_is_that_of_a_checkpoint(tmp_path: Path, monkeypatch
     result = toy.run(tmp_path, iterations=3, roles=toy.ToyRoles(hidden=2000))
     written = sum(p.stat().st_size for p in result.checkpoint.glob("*.safetensors"))
     assert asked[0] == pytest.approx(written, rel=0.02)
+
+
+def _limited(out: Path, limit: int, hook: str) -> None:
+    """In a child: a run whose files may not be longer than `limit` bytes, from its fourth iteration on."""
+
+    def full(iteration: int, record: object) -> None:
+        if iteration == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    def export(iteration: int, folder: Path) -> None:
+        if hook == "export":
+            (folder / "student").mkdir()
+            save_file({"w": torch.zeros(100_000)}, folder / "student" / "w.safetensors")
+
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  what is said goes to a file here, too
+    hooks = Hooks(log=full, save=export)
+    try:
+        toy.run(out, hooks=hooks, roles=toy.ToyRoles(hidden=200), resume=True, tensorboard=hook == "log")
+    except FewstepError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        out.with_name("said").write_text(str(error))
+        os._exit(2)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("limit", "hook"), [(10_000, "checkpoint"), (100_000, "export"), (1, "log")])
+def test_a_full_disk_is_named_and_costs_nothing_that_was_there(tmp_path: Path, limit: int, hook: str) -> None:
+    out = tmp_path / "run"
+    process = multiprocessing.get_context("fork").Process(target=_limited, args=(out, limit, hook))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 2
+    said = (tmp_path / "said").read_text()
+    assert f"found no room left while writing in {out} (" in said
+    assert "fix: free some space on its disk, then resume" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = checkpoint.newest(out / "checkpoints")
+    assert found is not None
+    assert found.iteration == 3
+    assert not list(out.rglob("*.unfinished*"))
+    assert toy.run(out, roles=toy.ToyRoles(hidden=200), resume=True).iteration == 12
+    assert [record["iteration"] for record in read_log(out / "log.jsonl")] == [2, 4, 6, 8, 10, 12]

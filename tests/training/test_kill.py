@@ -77,7 +77,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, byt
     process.join(60)
     assert process.exitcode == 0
     files, lines = _outcome(out)
-    assert len(files) == 6  # student, critic, ema, two optimisers, state
+    assert len(files) == 7  # student, critic, ema, two optimisers, state, manifest
     assert len(lines) == _ITERATIONS / 2
     return files, lines, time.perf_counter() - begin
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.common import choose_device, parse
+from fewstep.core.files import read_weights
 from fewstep.data.build_sprites import build_sprites
 from fewstep.embedded.build import JUDGE_FILE, REFERENCE_FILE, BuildOptions, build_teacher, shipped
 from fewstep.embedded.card import write_card
@@ -136,13 +137,11 @@ def _reference(arguments: list[str]) -> None:
 
 
 def _table(arguments: list[str]) -> None:
-    from safetensors.torch import load_file
-
     from fewstep.api import load_teacher
 
     args = parse(Table, "teacher table", arguments)
     teacher = load_teacher(args.teacher, device=choose_device(args.device))
-    reference = load_file(args.reference)["features"].float() if args.reference else reference_features()
+    reference = read_weights(args.reference)["features"].float() if args.reference else reference_features()
     judge, rows = _judge(args.judge), {}
     for scale in args.scales:
         for steps in args.steps:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.core.files import checksum
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 
@@ -77,7 +78,7 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Pat
         save_file(dict(tensors), unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
-        final = folder / (name if Path(name).suffix else f"{name}-{_checksum(unfinished)}.safetensors")
+        final = folder / (name if Path(name).suffix else f"{name}-{checksum(unfinished)}.safetensors")
         unfinished.replace(final)
     except OSError as error:
         raise FewstepError(
@@ -96,16 +97,8 @@ def shard_name(shard: int) -> str:
 def whole_shard(folder: Path, shard: int) -> tuple[Path | None, list[Path]]:
     """The file of a shard whose checksum is right, if there is one, and those that are damaged."""
     found = sorted(folder.glob(f"{shard_name(shard)}-*.safetensors"))
-    whole = [path for path in found if path.stem.partition("-")[2] == _checksum(path)]
+    whole = [path for path in found if path.stem.partition("-")[2] == checksum(path)]
     return (whole[0] if whole else None), [path for path in found if path not in whole]
-
-
-def _checksum(path: Path) -> str:
-    hashed = blake2b(digest_size=8)
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            hashed.update(piece)
-    return hashed.hexdigest()
 
 
 class ConditionCache:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, mse_loss
 
+from fewstep.core.files import read_weights
 from fewstep.data.scenes import ATTRIBUTES, COUNTS, Scenes
 
 if TYPE_CHECKING:
@@ -64,10 +65,8 @@ class Judge(nn.Module):
     @classmethod
     def load(cls, path: Path) -> Judge:
         """Read weights written by `save`."""
-        from safetensors.torch import load_file
-
         judge = cls()
-        judge.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+        judge.load_state_dict({k: v.float() for k, v in read_weights(path).items()})
         return judge.eval()
 
 

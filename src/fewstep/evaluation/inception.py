@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, relu
 
+from fewstep.core.files import read_weights
 from fewstep.errors import FewstepError
 
 SIDE = 299
@@ -141,10 +142,8 @@ class Inception(nn.Module):
         Raises:
             FewstepError: another file.
         """
-        from safetensors.torch import load_file
-
         network = cls()
-        tensors = {name: value for name, value in load_file(path).items() if not name.startswith("fc.")}
+        tensors = {name: value for name, value in read_weights(path).items() if not name.startswith("fc.")}
         missing, unexpected = network.load_state_dict(tensors, strict=False)
         wrong = [name for name in missing if not name.endswith("num_batches_tracked")] + unexpected
         if wrong:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear, normalize
 
+from fewstep.core.files import read_weights
 from fewstep.errors import FewstepError
 from fewstep.evaluation.spaces import CLIP, Clip
 
@@ -90,9 +91,7 @@ def _aesthetic(source: str, device: torch.device) -> Score:
 
 def _linear_layers(path: Path) -> list[tuple[Tensor, Tensor]]:
     """Weights and biases of `layers.N.weight`, `layers.N.bias`, in the order of N; they end in one number."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
+    tensors = read_weights(path)
     numbers = sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".weight"))
     layers = [(tensors[f"layers.{n}.weight"].float(), tensors[f"layers.{n}.bias"].float()) for n in numbers]
     widths = [weight.shape for weight, _ in layers]

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from fewstep.core.files import save_weights
 from fewstep.core.process import Process
 from fewstep.errors import FewstepError
 from fewstep.models.lora import Loras
@@ -117,15 +118,13 @@ def save_comfyui(
     folder: Path, files: Mapping[str, Mapping[str, torch.Tensor]], name: str, dtype: torch.dtype, metadata: Any
 ) -> dict[str, str]:
     """Write `comfyui_tensors` and return the file of each part: one, or one for high and one for low noise."""
-    from safetensors.torch import save_file
-
     ends = ["_high_noise", "_low_noise"] if len(files) == 2 else [""]
     named = {part: f"{name}{end}.safetensors" for part, end in zip(files, ends, strict=True)}
     for part, tensors in files.items():
         kept = {
             key: value if key.endswith(".alpha") else value.to(dtype).contiguous() for key, value in tensors.items()
         }
-        save_file(kept, folder / named[part], {"format": "pt", **metadata})
+        save_weights(folder / named[part], kept, {"format": "pt", **metadata})
     return named
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.files import check_index
 from fewstep.core.shards import fill_, is_sharded
 from fewstep.errors import FewstepError
 
@@ -94,8 +94,7 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
     single = folder / "diffusion_pytorch_model.safetensors"
     index = folder / f"{single.name}.index.json"
     if index.is_file():
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: (folder / file, name) for name, file in found.items()}
+        return {name: (folder / file, name) for name, file in check_index(index).items()}
     if not single.is_file():
         raise FewstepError(
             f"found no {single.name} in {folder}, expected the network's weights, fix: save the pipeline with "

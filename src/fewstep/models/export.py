@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 import json
 import os
 import shutil
@@ -175,7 +176,7 @@ def written_atomically(folder: Path) -> Iterator[Path]:
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
+    _clear(folder)
     temporary.mkdir()
     try:
         yield temporary
@@ -185,6 +186,24 @@ def written_atomically(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Deletes what processes that were killed while they wrote `folder` have left beside it."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        owner, _, end = left.name.removeprefix(f".{folder.name}.").partition(".")
+        if end in ("new", "old") and owner.isdecimal() and (int(owner) == os.getpid() or not _runs(int(owner))):
+            shutil.rmtree(left)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _absolute(source: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.core.files import PICKLES, check_index, check_weights
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import BACKBONES, Backbone
 from fewstep.models.deferred import Deferred, left_on_disk, weight_files
@@ -42,7 +43,6 @@ _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: a pa
 _OWN_LIBRARIES = (
     "fewstep.models.steps_aware", "fewstep.models.flow_scheduler", "fewstep.models.expert_networks",
 )  # fmt: skip
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load_backbone(
@@ -172,16 +172,23 @@ def adapter_of(source: str | Path, revision: str | None = None) -> type[Backbone
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raises FewstepError if some part of a pipeline folder has weights only as pickles."""
+    """Raises FewstepError if some part of a pipeline folder has weights only as pickles, or names or hides one.
+
+    Looks at the headers of all safetensors files, and at the files that indices name.
+    """
     for part in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
         suffixes = {path.suffix for path in part.iterdir()}
-        found = sorted(suffixes.intersection(_PICKLES))
+        found = sorted(suffixes.intersection(PICKLES))
         if found and ".safetensors" not in suffixes:
             raise FewstepError(
                 f"found weights as {', '.join(found)} in {part}, expected safetensors (a pickle can run any code when "
                 "it is read), fix: load the pipeline where you trust it and save it "
                 "with save_pretrained(safe_serialization=True)"
             )
+        for path in sorted(part.glob("*.safetensors")):
+            check_weights(path)
+        for path in sorted(part.glob("*.safetensors.index.json")):
+            check_index(path)
 
 
 def _read_index(source: str | Path, revision: str | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.files import read_weights, save_weights
 from fewstep.errors import FewstepError
 from fewstep.models.adapters import adapter_parameters, add_adapter
 from fewstep.models.backbone import Backbone
@@ -80,8 +81,6 @@ def save_loras(
         dtype: of the weights.
         metadata: of the safetensors file, beside its format.
     """
-    from safetensors.torch import save_file
-
     first, files = next(iter(loras)), weights_files(loras, peft)
     prefix = _PEFT_PREFIX if peft else f"{first}."
     for part, layers in loras.items():
@@ -89,7 +88,7 @@ def save_loras(
         for layer, lora in layers.items():
             tensors[f"{prefix}{layer}.lora_A.weight"] = lora.down.to(dtype).contiguous()
             tensors[f"{prefix}{layer}.lora_B.weight"] = lora.up.to(dtype).contiguous()
-        save_file(tensors, folder / files[part], {"format": "pt", **metadata})
+        save_weights(folder / files[part], tensors, {"format": "pt", **metadata})
     if peft:
         from peft import LoraConfig
 
@@ -104,10 +103,8 @@ def read_loras(folder: Path, parts: Iterable[str]) -> Loras:
     """What `save_loras` wrote for the `parts` of a pipeline, as it lies on disk.
 
     Raises:
-        FewstepError: a file is missing, or holds other tensors.
+        FewstepError: a file is missing, is not safetensors, or holds other tensors.
     """
-    from safetensors.torch import load_file
-
     parts = list(parts)
     peft = is_peft(folder)
     loras: Loras = {}
@@ -117,7 +114,7 @@ def read_loras(folder: Path, parts: Iterable[str]) -> Loras:
                 f"found no {file} in {folder}, expected a student's LoRA as safetensors (pickles are not read), fix: "
                 "export the student again"
             )
-        tensors, prefix = load_file(folder / file), _PEFT_PREFIX if peft else f"{parts[0]}."
+        tensors, prefix = read_weights(folder / file), _PEFT_PREFIX if peft else f"{parts[0]}."
         downs = [name for name in tensors if name.endswith(".lora_A.weight")]
         ups = [name.replace(".lora_A.", ".lora_B.") for name in downs]
         if set(tensors) != {*downs, *ups} or not all(name.startswith(prefix) for name in downs):

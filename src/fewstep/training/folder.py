@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -44,8 +46,26 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def begin(folder: Path, configuration: Mapping[str, Any], notes: Mapping[str, Any], *, resume: bool) -> None:
-    """Makes `folder`, whose lock the caller holds, ready for a run of this configuration.
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """FewstepError in the place of what a full disk, a quota or a limit on file sizes raises within."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        raise FewstepError(
+            f"found no room left while writing in {folder} ({error}), expected some for its log and checkpoints, "
+            "fix: free some space on its disk, then resume (--resume, resume=True): the newest checkpoint is as it was"
+        ) from error
+
+
+def begin(
+    folder: Path, configuration: Mapping[str, Any], notes: Mapping[str, Any], *, resume: bool
+) -> checkpoint.Checkpoint | None:
+    """Makes `folder`, whose lock the caller holds, ready for a run of this configuration; where that is to continue.
 
     `notes` go to run.json as they are. FewstepError if the folder holds a run and `resume` is False, or a run of
     another configuration. With `resume` and no run in it, a fresh run begins.
@@ -61,6 +81,7 @@ def begin(folder: Path, configuration: Mapping[str, Any], notes: Mapping[str, An
     (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint.clean(folder / "checkpoints")
     checkpoint.write_text(record, json.dumps({**describe(configuration), **notes}, indent=1) + "\n")
+    return found
 
 
 def refuse_run(folder: Path) -> None:
@@ -130,6 +151,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+def _is_full(error: BaseException) -> bool:
+    """safetensors tells the number of an error in words only."""
+    told = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _version(package: str) -> str:

@@ -139,7 +139,7 @@ def train(
 
     Raises:
         FewstepError: options out of range, a folder in use or with another run, too little disk (all before any work);
-            a loss or gradient that is not finite, or reaches no parameter.
+            a loss or gradient that is not finite, or reaches no parameter; a disk that is full after all.
         Stopped: SIGINT or SIGTERM came; the iteration was finished and a checkpoint saved. A SystemExit of code 130
             or 143.
     """
@@ -171,6 +171,7 @@ def train(
         return Batch(condition, samples.to(device), shape, dtype, **told)
 
     with ExitStack() as stack:
+        stack.enter_context(folder.room(out))
         group = stack.enter_context(process_group(device))
         if options.batch < group.size:
             raise FewstepError(
@@ -186,11 +187,12 @@ def train(
         named = dict(zip(roles.critic_state(), roles.critic_parameters(), strict=True))
         critic = Trainee("critic", named, options, group, networks.timed) if method.critic_updates else None
         state = State(student, critic, Ema(student.parameters, options.ema_decay))
+        newest = None
         if group.leads:
             folder.require_space(out, state.bytes(), options.keep)
             stack.enter_context(folder.locked(out))
-            folder.begin(out, run, {"options": asdict(options)}, resume=resume)
-        start = state.restore(out / "checkpoints", group, options.iterations)
+            newest = folder.begin(out, run, {"options": asdict(options)}, resume=resume)
+        start = state.restore(out / "checkpoints", newest, group, options.iterations)
         kept: dict[str, Any] = {"tensorboard": options.tensorboard, "tracker": options.tracker, "configuration": run}
         log = stack.enter_context(closing(Log(out, start, **kept))) if group.leads else None
         progress = stack.enter_context(closing(Progress(options.iterations, start, shown=group.leads)))

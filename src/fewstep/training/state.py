@@ -60,20 +60,21 @@ class State:
             facts[f"{trainee.role}_loss_scaler"] = trainee.scaler.state_dict()
         return groups, facts
 
-    def restore(self, parent: Path, group: Group, iterations: int) -> int:
-        """Takes over the newest checkpoint, if any; the iteration it was written at, else 0.
+    def restore(self, parent: Path, found: checkpoint.Checkpoint | None, group: Group, iterations: int) -> int:
+        """Takes over the checkpoint that the first process has `found`, if any; the iteration it is of, else 0.
 
         FewstepError if that is beyond `iterations`. Without a checkpoint the first process gives its parameters to all;
         not sharded ones, which every process has read from the same files or drawn from the same seed.
         """
-        group.wait()  # for the first process to have the folder ready
-        found = checkpoint.newest(parent)
-        if found is None:
+        device = next(iter(self.student.parameters.values())).device
+        reached = group.largest(0 if found is None else found.iteration, device)
+        if reached == 0:
             if self.sharded:
                 return 0
             group.same_([p.detach() for trainee in self.trainees for p in trainee.parameters.values()])
             group.same_(self.ema.tensors.values())
             return 0
+        found = found or checkpoint.inspected(parent, reached)
         if found.iteration > iterations:
             raise FewstepError(
                 f"found the run already at iteration {found.iteration}, expected at most iterations = {iterations}, "

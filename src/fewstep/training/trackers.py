@@ -44,6 +44,7 @@ class TensorBoard:
     def log(self, iteration: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
             self._events.add_scalar(name, value, iteration)
+        self._events.flush()  # says here that the disk is full; its thread would die of it, and then be waited for
 
     def finish(self) -> None:
         self._events.close()
