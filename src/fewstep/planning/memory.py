@@ -112,17 +112,24 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     parts = {
         "frozen weights": frozen,
         "trained weights": sum(p.nbytes for p in every),
-        "gradients": sum(p.nbytes for p in every),
         "optimiser": sum(state_bytes(run.train.optimiser, p.numel()) for p in every),
         "average": average,
     }
+    divided = run.gpus if run.shard else 1
+    parts = {name: -(-size // divided) for name, size in parts.items()}
     if run.shard:
-        parts = {name: -(-size // run.gpus) for name, size in parts.items()} | {"gathered blocks": _AHEAD * block}
+        parts["gathered blocks"] = _AHEAD * block
     at_rest = sum(parts.values())
     parts |= {name.replace("_", " "): size for name, size in others.items()}
     parts["prompts and paths"] = _prompts_and_paths(roles, run)
-    most = max(_peak([cost(call) for call in calls], calls) for calls in phases.values())
-    parts["activations"] = int(most) + unrounded  # of a quantised base, the layer that computes
+    parts["gradients"], most = max(
+        (
+            (-(-_gradients(phase, calls, trained, run) // divided), int(_peak([cost(call) for call in calls], calls)))
+            for phase, calls in phases.items()
+        ),
+        key=sum,
+    )
+    parts["activations"] = most + unrounded  # of a quantised base, the layer that computes
     student = Call("student", 1, False, False)
     graphs = sum(
         call.rows / run.rows * (method.critic_updates if phase == "critic" else 1)
@@ -214,6 +221,13 @@ def _prompts_and_paths(roles: Roles, run: Run) -> int:
     text = sum(_bytes(run) * math.prod(shape) for shape in shapes(backbone, run.words).values())
     path = (3 * max(run.options.counts) + 1) * 4 * math.prod(backbone.latent_shape)
     return run.share * (text + path)
+
+
+def _gradients(phase: str, calls: list[Call], trained: Mapping[str, list[nn.Parameter]], run: Run) -> int:
+    """Bytes of gradients in one role's update; a sharded backward leaves some with every role that it leads through."""
+    reached = {"critic" if call.role == "discriminator" else call.role for call in calls if call.graph}
+    roles = reached & trained.keys() if run.shard else {phase}
+    return sum(parameter.nbytes for role in roles for parameter in trained[role])
 
 
 def _peak(costs: list[Cost], calls: list[Call]) -> float:
