@@ -18,10 +18,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from training_step import BACKBONES
-
 from fewstep.commands.plan import main as plan
 from fewstep.models.backbone import Backbone
+from training_step import BACKBONES
 
 PUBLISHED = {
     "pixart-512": 611e6, "pixart-1024": 611e6, "sd3-m": 2.03e9, "sdxl": 2.57e9, "cogvideox-2b": 1.69e9,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.api import RoleOptions
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Options
-from fewstep.models.blocks import repeated_blocks
+from fewstep.models.blocks import outermost_blocks, repeated_blocks
 from fewstep.models.quantised import PACKAGES, rounded_bytes
 from fewstep.models.roles import Roles, build_roles
 from fewstep.planning.build import Blueprint
@@ -91,7 +91,7 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     frozen, trained, average = _weights(roles, run)
     numbers = {role: sum(p.numel() for p in parameters) for role, parameters in trained.items()}
     every = [parameter for parameters in trained.values() for parameter in parameters]
-    block = _largest_block(roles)
+    gathered = _gathered(roles, run)
     unrounded = max((w.nbytes for w in _rounded(roles).values()), default=0) if run.base_dtype in PACKAGES else 0
     known: dict[int, tuple[Tensor, Tensor]] = {}
     frozen_numbers = sum(p.numel() for p in roles.backbone.network.parameters())  # type: ignore[attr-defined]
@@ -118,7 +118,7 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     divided = run.gpus if run.shard else 1
     parts = {name: -(-size // divided) for name, size in parts.items()}
     if run.shard:
-        parts["gathered blocks"] = _AHEAD * block
+        parts["gathered blocks"] = gathered
     at_rest = sum(parts.values())
     parts |= {name.replace("_", " "): size for name, size in others.items()}
     parts["prompts and paths"] = _prompts_and_paths(roles, run)
@@ -209,10 +209,20 @@ def _rounded(roles: Roles) -> dict[int, Tensor]:
     return {id(layer.weight): layer.weight for layer in layers if isinstance(layer, nn.Linear)}
 
 
-def _largest_block(roles: Roles) -> int:
-    """Bytes of the weights of the largest block, gathered; of the whole network where it names no blocks."""
-    blocks = list(repeated_blocks(roles._student.network).values()) or [roles._student.network]
-    return max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks)
+def _gathered(roles: Roles, run: Run) -> int:
+    """Most bytes of a network's weights that are whole while it computes: what is outside its blocks, and two of them.
+
+    With precision bf16 they are gathered as that, whatever the parts are.
+    """
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() * (2 if run.train.precision == "bf16" else p.element_size()) for p in module.parameters())
+
+    def most(network: nn.Module) -> int:
+        blocks = [size(block) for block in outermost_blocks(network)]
+        return size(network) - sum(blocks) + _AHEAD * max(blocks, default=0)
+
+    return max(most(network) for network in _networks(roles))
 
 
 def _prompts_and_paths(roles: Roles, run: Run) -> int:
