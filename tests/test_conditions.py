@@ -29,6 +29,7 @@ from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.models import Backbone
 from fewstep.models.pipelines import MASK
+from fewstep.models.teacher import Teacher
 from fewstep.models.text_encoders import offload, text_encoders
 from fewstep.several import distill_part
 from fewstep.training.log import read_log
@@ -357,3 +358,24 @@ def test_offloaded_encoders_visit_the_device_for_each_batch() -> None:
     encoder(torch.zeros(1, 2))
     assert moves == ["cpu", "cpu", "cuda:0", "cpu"]
     assert encoder._hf_hook.execution_device == torch.device("cuda:0")  # where diffusers' pipelines look
+
+
+def test_the_command_reads_no_weights_of_the_network(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves the very cache that a teacher with all its weights finds."""
+    from fewstep.commands import cache as command
+
+    seen: list[bool] = []
+
+    def watched(teacher: Teacher, *told: Any) -> Path:
+        seen.append(all(parameter.is_meta for parameter in teacher.backbone.network.parameters()))
+        return cache_prompts(teacher, *told)
+
+    monkeypatch.setattr(command, "cache_prompts", watched)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = ["--teacher", str(tiny_teacher), "--prompts", str(tmp_path / "prompts.txt"), "--device", "cpu"]
+    command.main([*words, "--cache", str(tmp_path / "made")])
+    whole = cache_prompts(fewstep.load_teacher(tiny_teacher), tmp_path / "prompts.txt", tmp_path / "made")
+    assert seen == [True]
+    assert [whole] == [folder for folder in (tmp_path / "made").iterdir() if folder.is_dir()]

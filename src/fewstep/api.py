@@ -40,7 +40,7 @@ from fewstep.training.parallel import leads, process_group
 EMOJI = "emoji"
 """The name of the embedded teacher."""
 STUDENT_FOLDER, LORA_FOLDER = "student", "lora"
-_OF_ROLES = ("roles", "rank", "student_rate", "critic_rate")  # settings that hold for a recipe's kind of roles alone
+_OF_ROLES = ("roles", "rank", "alpha", "student_rate", "critic_rate")  # hold for a recipe's kind of roles alone
 _MEASURED = 64
 MEMORY_ONLY = ("checkpointing", "compile", "shard")
 """Options of roles that change memory or speed and not the result: a run may be resumed with others."""
@@ -317,7 +317,7 @@ def cache_prompts(
 
     Arguments are those of `distill` and of `TextOptions`; under torchrun the processes share the work.
     """
-    teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher)
+    teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=True)
     backbone = teacher.backbone
     texts = _training_prompts(backbone.source, prompts)
     told = TextOptions(text_encoder="cache", cache=Path(cache), cache_dtype=dtype)

@@ -55,6 +55,7 @@ def test_weights_and_optimiser_to_the_byte(folders, kind: str) -> None:
         state += sum(value.nbytes for value in tensors(optimiser, [str(n) for n in range(len(parameters))]).values())
     assert found.parts["optimiser"] == state
     assert found.parts["average"] == sum(p.nbytes for p in student)
+    assert found.parts["gradients"] in (sum(p.nbytes for p in student), sum(p.nbytes for p in critic))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

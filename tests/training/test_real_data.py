@@ -105,22 +105,22 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path, microbatch: int) ->
         torch.testing.assert_close(b, a, rtol=0, atol=1e-9)
 
 
-def test_the_students_update_leaves_no_gradient_in_critic_and_discriminator(tmp_path: Path) -> None:
+def test_an_update_has_gradients_of_its_own_role_alone(tmp_path: Path) -> None:
+    """Of the critic's none are in memory in the student's update, and that leaves none in critic and discriminator."""
     roles = roles_with()
-    seen: list[list[Tensor]] = []
+    seen: list[Tensor | None] = []
 
     class Watching(DMD2):
         def student_loss(self, path: Any, roles_: Roles, draw: Any) -> Any:
-            seen.append([p.grad.clone() for p in roles.critic_parameters()])
+            seen.extend(p.grad for p in [*roles.critic_parameters(), *roles.student_parameters()])
             return super().student_loss(path, roles_, draw)
 
     train(
         Watching(OPTIONS), roles, toy.toy_data, toy.toy_options(iterations=2), tmp_path,
         noise_shape=(toy.DIMENSIONS,), real=real,
     )  # fmt: skip
-    for parameter, before in zip(roles.critic_parameters(), seen[-1], strict=True):
-        assert torch.equal(parameter.grad, before)
-        assert before.abs().sum() > 0
+    assert seen
+    assert all(gradient is None for gradient in [*seen, *(p.grad for p in roles.critic_parameters())])
 
 
 def test_real_data_and_pairs_follow_from_the_samples_numbers(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ COLUMNS = {
     "rates of student, critic": ("student_rate", "critic_rate"),
     "roles": ("roles",),
     "rank": ("rank",),
-    "more": ("grid", "gan_weight", "eta"),
+    "more": ("alpha", "grid", "gan_weight", "eta"),
 }
 HEADINGS = ["family", "pipelines", "method", *COLUMNS, "sources"]
 
@@ -59,7 +59,7 @@ def _rows_of(kind: type[Backbone]) -> Iterator[list[str]]:
 
 def _cell(settings: dict[str, Setting], names: tuple[str, ...]) -> str:
     """The values of `names` that are set, with a star where nobody has measured them."""
-    shown = [(name, settings[name]) for name in names if name in settings and settings[name].value != ()]
+    shown = [(name, settings[name]) for name in names if name in settings and settings[name].value not in ((), None)]
     if names == ("rank",) and settings["roles"].value == "copies":
         return ""
     lead = len(names) > 2  # a column of several options names them

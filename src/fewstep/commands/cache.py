@@ -35,7 +35,8 @@ class Cache:
 def main(arguments: list[str]) -> None:
     """Parse, encode, say where the cache is and how large."""
     args = parse(Cache, "cache", arguments)
-    teacher = load_teacher(args.teacher, dtype=getattr(torch, args.base_dtype), device=choose_device(args.device))
+    dtype, device = getattr(torch, args.base_dtype), choose_device(args.device)
+    teacher = load_teacher(args.teacher, dtype=dtype, device=device, defer=True)  # its network is not asked
     folder = cache_prompts(teacher, args.prompts, args.cache, args.cache_dtype)
     if os.environ.get("RANK", "0") == "0":
         size = sum(path.stat().st_size for path in folder.iterdir())

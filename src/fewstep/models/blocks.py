@@ -1,4 +1,11 @@
-"""The repeated blocks of a network: where nearly all of its weights and time are."""
+"""The blocks of a network: where nearly all of its weights and time are.
+
+There are two notions of them, as neither serves both uses. Programs are compiled, and layers rounded, for what repeats
+(`repeated_blocks`): the transformer blocks inside a UNet's levels, of which one program serves many; a level would be a
+program of its own. Weights are gathered for all there is (`outermost_blocks`): a UNet's levels, since the convolutions
+between its transformer blocks would else lie with the rest of the network, whole for as long as it computes; and blocks
+that diffusers does not name. In a transformer they are the same modules but for such ones.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +37,18 @@ def repeated_blocks(network: nn.Module) -> dict[str, nn.Module]:
         for index, block in enumerate(blocks)
         if type(block).__name__ in kinds
     }
+
+
+def outermost_blocks(network: nn.Module) -> list[nn.Module]:
+    """The entries of a network's outermost lists of modules: blocks of a transformer, levels of a UNet."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        lists = isinstance(network, nn.ModuleList) and not isinstance(child, nn.ModuleList)
+        if not lists:
+            found += outermost_blocks(child)
+        elif any(True for _ in child.parameters()):
+            found.append(child)
+    return found
 
 
 def compile_blocks(network: nn.Module, backend: str) -> None:

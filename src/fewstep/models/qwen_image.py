@@ -51,7 +51,8 @@ class QwenImage(Backbone):
         guidance_scale=Setting(4.0),  # the pipeline's own
         shift=Setting(3.0, "Phased DMD, arXiv 2510.27684, section 3"),
         student_rate=Setting(5e-5, "Phased DMD, arXiv 2510.27684, appendix B (DMD of a LoRA student)"),
-        rank=Setting(64, "Phased DMD, arXiv 2510.27684, appendix B (alpha 8)"),
+        rank=Setting(64, "Phased DMD, arXiv 2510.27684, appendix B"),
+        alpha=Setting(8, "Phased DMD, arXiv 2510.27684, appendix B"),
     )
 
     @property

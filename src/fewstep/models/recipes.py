@@ -50,6 +50,8 @@ class Recipe:
     """How networks share weights."""
     rank: Setting = Setting(32)
     """Of adapters; without meaning for copies."""
+    alpha: Setting = Setting(None)
+    """Of adapters, which are scaled by alpha / rank; None: the rank, scale 1."""
     by_method: Mapping[str, Mapping[str, Setting]] = field(default_factory=dict)
     """Settings that another method than TDM has on this family, by the preset's name; they may name any option."""
 
@@ -68,7 +70,7 @@ class Recipe:
 
 
 _PATH = ("shift", "start_time", "grid")
-_ROLES = ("roles", "rank")
+_ROLES = ("roles", "rank", "alpha")
 
 
 def applied(options: _Options, settings: Mapping[str, Setting]) -> _Options:

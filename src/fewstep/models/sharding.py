@@ -20,6 +20,7 @@ from fewstep.core.shards import whole
 from fewstep.errors import FewstepError
 from fewstep.models.adapters import Switch, shared_copy
 from fewstep.models.backbone import Backbone
+from fewstep.models.blocks import outermost_blocks
 from fewstep.models.deferred import plain_name
 from fewstep.models.discriminator import Heads
 from fewstep.models.roles import Caller, Roles, Seat
@@ -58,7 +59,7 @@ def shard(roles: Roles, precision: Literal["fp32", "bf16", "fp16"] = "fp32") -> 
     for network in _networks(roles):
         before = {name: id(value) for name, value in network.named_parameters() if id(value) in theirs}
         if spread:
-            blocks = [] if isinstance(network, Heads) else blocks_of(network)
+            blocks = [] if isinstance(network, Heads) else outermost_blocks(network)
             _shard_network(network, blocks, device, precision)
         if backbone is not None and backbone.deferred is not None:
             backbone.deferred.load(network)
@@ -105,18 +106,6 @@ class _Collected(Roles):
 
     def teacher_copy(self) -> nn.Module:
         return copy.deepcopy(self._plain).float()
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The entries of a network's outermost lists of modules: blocks of a transformer, levels of a UNet."""
-    found: list[nn.Module] = []
-    for child in network.children():
-        lists = isinstance(network, nn.ModuleList) and not isinstance(child, nn.ModuleList)
-        if not lists:
-            found += blocks_of(child)
-        elif any(True for _ in child.parameters()):
-            found.append(child)
-    return found
 
 
 def _shard_network(network: nn.Module, blocks: list[nn.Module], device: torch.device, precision: str) -> None:

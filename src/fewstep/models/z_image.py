@@ -46,7 +46,8 @@ class ZImage(Backbone):
     recipe = Recipe(
         guidance_scale=Setting(6.0),  # the pipeline's own; 1 for Turbo weights
         shift=Setting(3.0, "Z-Image-Turbo's training shift, as its author states in Tongyi-MAI/Z-Image issue 74"),
-        rank=Setting(32, "TDM-R1's released LoRA for Z-Image (alpha 64)"),
+        rank=Setting(32, "TDM-R1's released LoRA for Z-Image"),
+        alpha=Setting(64, "TDM-R1's released LoRA for Z-Image"),
     )
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.api import RoleOptions
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Options
-from fewstep.models.blocks import repeated_blocks
+from fewstep.models.blocks import outermost_blocks, repeated_blocks
 from fewstep.models.quantised import PACKAGES, rounded_bytes
 from fewstep.models.roles import Roles, build_roles
 from fewstep.planning.build import Blueprint
@@ -91,7 +91,7 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     frozen, trained, average = _weights(roles, run)
     numbers = {role: sum(p.numel() for p in parameters) for role, parameters in trained.items()}
     every = [parameter for parameters in trained.values() for parameter in parameters]
-    block = _largest_block(roles)
+    gathered = _gathered(roles, run)
     unrounded = max((w.nbytes for w in _rounded(roles).values()), default=0) if run.base_dtype in PACKAGES else 0
     known: dict[int, tuple[Tensor, Tensor]] = {}
     frozen_numbers = sum(p.numel() for p in roles.backbone.network.parameters())  # type: ignore[attr-defined]
@@ -112,17 +112,24 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     parts = {
         "frozen weights": frozen,
         "trained weights": sum(p.nbytes for p in every),
-        "gradients": sum(p.nbytes for p in every),
         "optimiser": sum(state_bytes(run.train.optimiser, p.numel()) for p in every),
         "average": average,
     }
+    divided = run.gpus if run.shard else 1
+    parts = {name: -(-size // divided) for name, size in parts.items()}
     if run.shard:
-        parts = {name: -(-size // run.gpus) for name, size in parts.items()} | {"gathered blocks": _AHEAD * block}
+        parts["gathered blocks"] = gathered
     at_rest = sum(parts.values())
     parts |= {name.replace("_", " "): size for name, size in others.items()}
     parts["prompts and paths"] = _prompts_and_paths(roles, run)
-    most = max(_peak([cost(call) for call in calls], calls) for calls in phases.values())
-    parts["activations"] = int(most) + unrounded  # of a quantised base, the layer that computes
+    parts["gradients"], most = max(
+        (
+            (-(-_gradients(phase, calls, trained, run) // divided), int(_peak([cost(call) for call in calls], calls)))
+            for phase, calls in phases.items()
+        ),
+        key=sum,
+    )
+    parts["activations"] = most + unrounded  # of a quantised base, the layer that computes
     student = Call("student", 1, False, False)
     graphs = sum(
         call.rows / run.rows * (method.critic_updates if phase == "critic" else 1)
@@ -202,10 +209,20 @@ def _rounded(roles: Roles) -> dict[int, Tensor]:
     return {id(layer.weight): layer.weight for layer in layers if isinstance(layer, nn.Linear)}
 
 
-def _largest_block(roles: Roles) -> int:
-    """Bytes of the weights of the largest block, gathered; of the whole network where it names no blocks."""
-    blocks = list(repeated_blocks(roles._student.network).values()) or [roles._student.network]
-    return max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks)
+def _gathered(roles: Roles, run: Run) -> int:
+    """Most bytes of a network's weights that are whole while it computes: what is outside its blocks, and two of them.
+
+    With precision bf16 they are gathered as that, whatever the parts are.
+    """
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() * (2 if run.train.precision == "bf16" else p.element_size()) for p in module.parameters())
+
+    def most(network: nn.Module) -> int:
+        blocks = [size(block) for block in outermost_blocks(network)]
+        return size(network) - sum(blocks) + _AHEAD * max(blocks, default=0)
+
+    return max(most(network) for network in _networks(roles))
 
 
 def _prompts_and_paths(roles: Roles, run: Run) -> int:
@@ -214,6 +231,13 @@ def _prompts_and_paths(roles: Roles, run: Run) -> int:
     text = sum(_bytes(run) * math.prod(shape) for shape in shapes(backbone, run.words).values())
     path = (3 * max(run.options.counts) + 1) * 4 * math.prod(backbone.latent_shape)
     return run.share * (text + path)
+
+
+def _gradients(phase: str, calls: list[Call], trained: Mapping[str, list[nn.Parameter]], run: Run) -> int:
+    """Bytes of gradients in one role's update; a sharded backward leaves some with every role that it leads through."""
+    reached = {"critic" if call.role == "discriminator" else call.role for call in calls if call.graph}
+    roles = reached & trained.keys() if run.shard else {phase}
+    return sum(parameter.nbytes for role in roles for parameter in trained[role])
 
 
 def _peak(costs: list[Cost], calls: list[Call]) -> float:

@@ -62,7 +62,7 @@ class Trainee:
         if the loss or its gradient is not finite; in fp16 an overflowing gradient only skips the step and halves the
         loss scale.
         """
-        self.optimiser.zero_grad()
+        self.optimiser.zero_grad()  # of what the other role's sharded backward has left here
         mean = torch.zeros((), device=self._list[0].device)
         metrics: dict[str, Tensor] = {}
         for loss in losses:
@@ -85,6 +85,7 @@ class Trainee:
             settings["lr"] = self._options.rate(self.role, iteration)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        self.optimiser.zero_grad()  # the memory of gradients is the other role's now
         return Update(value, size, metrics)
 
     def _gather_gradients(self, mean: Tensor, iteration: int) -> None:
