@@ -117,7 +117,7 @@ def load_backbone(
     if quantised is not None:
         quantise_(backbone.network, quantised, device)
         backbone.quantised = quantised
-    return backbone if defer else backbone.to(device)  # what is on disk cannot be moved
+    return backbone.to(device)
 
 
 def original(backbone: Backbone) -> Backbone:
