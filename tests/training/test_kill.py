@@ -22,7 +22,7 @@ from fewstep.training import checkpoint
 from fewstep.training.log import read_log
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch._dynamo", "fewstep.training.loop"])  # children need not import them anew
+_PROCESSES.set_forkserver_preload(["pytest", "torch._dynamo", "fewstep.training.loop"])  # children need not import them anew
 _FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")  # audit events just before the act
 _ITERATIONS = 14
 
@@ -88,7 +88,7 @@ def test_killed_at_any_file_operation(
     draw = random.Random(0)
     kills = 0
     while True:
-        process = _start(tmp_path / "run", draw.randint(1, 30))
+        process = _start(tmp_path / "run", draw.randint(1, 60))
         process.join(60)
         if process.exitcode == 0:
             break
