@@ -173,21 +173,6 @@ def test_only_pixart_can_be_told_its_step_count(folders, family: str, tmp_path: 
         distill(load(folders, family), "tdm-unify", out=tmp_path / "run", prompts=PROMPTS)
 
 
-def test_lora_of_a_unet_is_read_by_peft(folders, tmp_path: Path) -> None:
-    from diffusers import DDIMScheduler
-    from peft import PeftModel
-
-    roles = build_roles(load(folders, "sd15").backbone, rank=2)
-    perturb(roles.student_parameters())
-    folder = save_student(tmp_path / "lora", roles, [grids.uniform(4)], method="tdm", form="lora")
-    assert "pipeline.unet = PeftModel.from_pretrained(pipeline.unet" in (folder / "README.md").read_text()
-    pipeline = stock(folders["sd15"])
-    pipeline.unet = PeftModel.from_pretrained(pipeline.unet, folder)
-    pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    expected = theirs(pipeline, "sd15", num_inference_steps=4, guidance_scale=1)
-    assert_latents_close(load_student(folder).latents(PROMPTS, SEEDS), expected)
-
-
 @pytest.mark.parametrize(
     ("family", "wide"), [("pixart-alpha", 48), ("sd15", 24), ("sdxl", 24), ("sd3", 24), ("flux-dev", 24), ("sana", 96)]
 )

@@ -22,7 +22,8 @@ from fewstep.training import checkpoint
 from fewstep.training.log import read_log
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["pytest", "torch._dynamo", "fewstep.training.loop"])  # children need not import them anew
+# Children need not import these anew.
+_PROCESSES.set_forkserver_preload(["pytest", "torch._dynamo", "fewstep.training.loop"])
 _FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")  # audit events just before the act
 _ITERATIONS = 14
 

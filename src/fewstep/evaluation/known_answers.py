@@ -30,7 +30,7 @@ from fewstep.evaluation.known_answers_training import gaussian, steps_aware_gaus
 from fewstep.losses.critic import CriticTarget
 
 Check = Callable[[], Iterator[Answer]]
-_QUICK_THROUGH_ADAPTERS = ("tdm", "dmd2")
+_QUICK_THROUGH_ADAPTERS = ("tdm",)
 
 
 def quick_checks() -> dict[str, Check]:

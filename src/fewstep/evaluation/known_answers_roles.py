@@ -55,6 +55,7 @@ class NetworkBackbone:
     """What `build_roles` asks of a backbone, for a `Network`."""
 
     device = torch.device("cpu")
+    quantised = None
 
     def __init__(self, network: Network, process: Process) -> None:
         self.network, self.process = network.requires_grad_(False), process
@@ -115,7 +116,7 @@ def through_roles(process: Process, name: str, kind: Kind, method: Method | None
     guided = isinstance(options, DecoupledOptions)
     iterations, rate = run.iterations, run.student_rate
     if kind == "adapters":
-        iterations, rate = 2 * iterations, 1.5 * rate
+        iterations, rate = 3 * iterations, 1.5 * rate
     grid = options.time_grid(options.steps)
     segments = torch.linspace(1, 0, run.segments + 1, dtype=torch.float64)
     network = Network(wider(law, _PROMPT_FACTOR) if guided else law, law, segments)
