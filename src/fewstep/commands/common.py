@@ -40,7 +40,8 @@ def quiet() -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they speak where they are merely installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
