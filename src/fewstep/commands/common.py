@@ -40,7 +40,7 @@ def quiet() -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they speak where they are merely installed
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub.repocard"):  # notices, not errors
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
