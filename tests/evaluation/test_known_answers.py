@@ -12,6 +12,7 @@ from fewstep.core.streams import Draw
 from fewstep.errors import FewstepError
 from fewstep.evaluation.known_answers import full_checks, quick_checks
 from fewstep.evaluation.known_answers_fixed_points import critic_bias, right_gains
+from fewstep.evaluation.known_answers_roles import RUNS, through_roles
 from fewstep.evaluation.known_answers_training import gaussian_answers, gaussian_options
 from fewstep.methods.base import Loss, Roles
 from fewstep.methods.tdm import TDM, Query
@@ -115,3 +116,8 @@ def test_clean_renoising_fails_the_fixed_point() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fixed_points, "TDM", FromDenoised)
         assert max(critic_bias(Flow(), 4, "exact")[:-1]) > 0.05
+
+
+def test_a_reversed_sign_fails_through_the_real_roles() -> None:
+    method = Reversed(RUNS["tdm"]().options)  # type: ignore[arg-type]
+    assert not any(answer.passed for answer in through_roles(Flow(), "tdm", "copies", method))

@@ -121,11 +121,9 @@ def through_roles(process: Process, name: str, kind: Kind, method: Method | None
     segments = torch.linspace(1, 0, run.segments + 1, dtype=torch.float64)
     network = Network(wider(law, _PROMPT_FACTOR) if guided else law, law, segments)
     roles = build_roles(cast(Backbone, NetworkBackbone(network, process)), kind, rank=law.dimensions)
-    if isinstance(options, FDistillOptions):
-        method = method or FDistill(options, exact_ratio(law, roles))
-    method = method or options.build()
+    own = FDistill(options, exact_ratio(law, roles)) if isinstance(options, FDistillOptions) else options.build()
     alternate(
-        method,
+        method or own,
         roles,
         {"params": roles.student_parameters(), "lr": rate},
         [{"params": roles.critic_parameters(), "lr": run.critic_rate}],
