@@ -53,6 +53,8 @@ EMOJI = [
     _named("following, %", ".1f", "following", 100),
     _named("recall", ".3f"),
     _named("precision", ".3f"),
+    _named("contrast", ".3f"),
+    _named("clipped, %", ".1f", "clipped", 100),
     _named("style evenness", ".3f"),
     _named("background evenness", ".3f"),
     Column(f"open styles: {STYLES[0]}, %", _style, ".0f", 100),
