@@ -164,7 +164,8 @@ def test_report_of_results(tmp_path: Path) -> None:
 def test_report_of_the_embedded_teacher(tmp_path: Path) -> None:
     home = tmp_path / "emoji"
     score = {"frechet": 38.91, "precision": 0.99, "recall": 0.98, "following": 0.961, "thing": 0.99, "seconds": 0.1}
-    score |= {"style evenness": 0.98, "background evenness": 0.88, "histograms": {"style": [0.45, 0.55]}}
+    score |= {"contrast": 0.2, "clipped": 0.016, "style evenness": 0.98, "background evenness": 0.88}
+    score["histograms"] = {"style": [0.45, 0.55]}
     result = {"cell": "a", "method": "tdm-unify", "steps": 4, "seed": 0, "scores": {"1": score, "4": score}} | RECORD
     (home / "a").mkdir(parents=True)
     (home / "a" / RESULT).write_text(json.dumps(result))
@@ -173,7 +174,7 @@ def test_report_of_the_embedded_teacher(tmp_path: Path) -> None:
     document.write_text("# Results\n")
     write_report(tmp_path, document)
     text = document.read_text()
-    assert text.count("| tdm-unify | 0 | 38.9 | 96.1 | 0.980 | 0.990 | 0.980 | 0.880 | 45 | 3 | 10 | 60 |") == 2
+    assert text.count("| tdm-unify | 0 | 38.9 | 96.1 | 0.980 | 0.990 | 0.200 | 1.6 | 0.980 | 0.880 | 45 | 3 | 10 | 60 |") == 2
     assert "| teacher, 50 guided steps | 26.4 | 96.1 | 1.000 |" in text
     assert text.index("**1 step**") < text.index("**4 steps**")
 
