@@ -166,3 +166,9 @@ class Path:
         if k not in self._fresh:
             self._fresh[k] = fresh_noise(self._extra_noise, k, self._inputs[0])
         return self._fresh[k]
+
+
+class DrawnPath(Path):
+    """A path with the call (B,) that all losses of an iteration look at."""
+
+    call: Tensor

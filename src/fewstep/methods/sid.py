@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewstep.core.guidance import Denoiser, guided
 from fewstep.core.renoise import renoise
-from fewstep.core.rollout import Landing, Path
+from fewstep.core.rollout import DrawnPath, Landing, Path
 from fewstep.core.streams import Draw
 from fewstep.core.tensors import Condition, flat_mean
 from fewstep.losses.adversarial import fooling_loss, telling_loss
@@ -134,12 +134,6 @@ def sid_zero_cfg() -> SiDOptions:
 def sid_anti_cfg(scale: float = -1.0) -> SiDOptions:
     """Anti-CFG: plain teacher, negative critic scale; -1 acts like 3. The paper's own values are not known to us."""
     return SiDOptions(critic_scale=scale, critic_dropout=0.1)
-
-
-class DrawnPath(Path):
-    """A path with the call (B,) that all losses of an iteration look at."""
-
-    call: Tensor
 
 
 class SiD(Matching):

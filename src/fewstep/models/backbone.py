@@ -29,6 +29,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention import CausalSeat
 from fewstep.core import grids
 from fewstep.core.process import Process, process_from_scheduler
 from fewstep.core.shards import is_sharded
@@ -188,6 +189,17 @@ class Backbone(ABC):
             f"found a {type(self.network).__name__} that is to be told its step count or landing time, expected a "
             "family with a steps-aware network (PixArt), fix: choose a method for a single step count (tdm instead of "
             "tdm-unify) and leave steps_condition and critic_call_condition off"
+        )
+
+    def causal(self, network: nn.Module) -> CausalSeat:
+        """Make `network` (a student's, of the family of the teacher's) able to generate videos chunk by chunk.
+
+        Raises:
+            FewstepError: the family has no causal students, as all but Wan.
+        """
+        raise FewstepError(
+            f"found a {type(self.network).__name__} for a causal student, expected a WanTransformer3DModel, "
+            "fix: choose a Wan teacher, or a method that makes whole samples"
         )
 
     def pipeline_with(self, network: nn.Module, scheduler: Any) -> Any:

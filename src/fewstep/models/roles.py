@@ -26,6 +26,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention import CausalSeat
 from fewstep.core.process import Process
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
@@ -102,8 +103,11 @@ class Roles:
         student: Seat,
         critic: Seat | None,
         discriminator: Discriminator | None = None,
+        causal: CausalSeat | None = None,
     ) -> None:
         self.backbone, self.process = backbone, backbone.process
+        self.causal = causal
+        """How the student is called chunk by chunk, where it is a causal one."""
         self._teacher, self._student, self._critic = teacher, student, critic
         self._discriminator = discriminator
         self.sharded: list[nn.Module] = []
@@ -251,6 +255,7 @@ def build_roles(
     critic: bool = True,
     discriminator: Features = "none",
     compile_backend: str | None = None,
+    causal: bool = False,
     seed: int = 0,
 ) -> Roles:
     """Seat the three roles, and a discriminator if it is asked for.
@@ -270,12 +275,14 @@ def build_roles(
             teacher (f-distill).
         compile_backend: where given, blocks are compiled when first called, by this backend of torch.compile
             ("inductor" is the usual one).
+        causal: the student can generate videos chunk by chunk (`fewstep.attention`); teacher and critic see whole ones,
+            also where they share its network.
         seed: of the new weights (adapters, step embedding, heads).
 
     Raises:
         FewstepError: unknown kind, layers or discriminator, a rank below 1, an alpha not above 0, a discriminator
             without the critic it should read, or on a backbone that does not say where its features are; a full copy of
-            a quantised base.
+            a quantised base; a causal student of a family that has none, or compiled.
     """
     if kind not in get_args(Kind):
         raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")
@@ -292,6 +299,11 @@ def build_roles(
         raise FewstepError(
             f"found roles {kind!r} on a base in {backbone.quantised}, expected adapters, since copies of rounded "
             "weights cannot be trained, fix: --roles adapters, or --base-dtype bfloat16"
+        )
+    if causal and compile_backend is not None:
+        raise FewstepError(
+            "found a causal student to be compiled, expected it as it is (its blocks are handed a memory, which the "
+            "compiler does not know), fix: leave --compile off"
         )
     ranks = {STUDENT: rank, CRITIC: rank if critic_rank is None else critic_rank}
     if min(ranks.values()) < 1:
@@ -322,7 +334,8 @@ def build_roles(
     if compile_backend is not None:
         for network in {base, *(seat.network for seat in seats.values())}:
             compile_blocks(network, compile_backend)
-    return Roles(backbone, Seat(base, switch), seats[STUDENT], seats.get(CRITIC), judge)
+    seat = backbone.causal(seats[STUDENT].network) if causal else None
+    return Roles(backbone, Seat(base, switch), seats[STUDENT], seats.get(CRITIC), judge, seat)
 
 
 def _heads(backbone: Backbone, network: nn.Module) -> Heads:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention import CausalSeat
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone, Predict, register_backbone
 from fewstep.models.comfyui import wan_key
 from fewstep.models.discriminator import blocks_at
@@ -82,14 +84,32 @@ class Wan(Backbone):
         )
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """As of all backbones; `t` may also be (B, f), a time for each latent frame."""
         dtype: Any = network.dtype  # some parameters stay float32 whatever the others are
+        time = self.process.network_time(t)
+        if t.ndim == 2:
+            patch = self.pipeline.transformer.config.patch_size
+            time = time.repeat_interleave(x.shape[-2] * x.shape[-1] // (patch[1] * patch[2]), 1)
         output = network(
             hidden_states=x.to(dtype),
-            timestep=self.process.network_time(t),
+            timestep=time,
             encoder_hidden_states=condition[STATES].to(dtype),
             return_dict=False,
         )[0].to(x.dtype)
-        return to_denoised(self.prediction, output, x, self.process.alpha(t), self.process.sigma(t))
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        if t.ndim == 1:
+            return to_denoised(self.prediction, output, x, alpha, sigma)
+        by_frame = (part.transpose(1, 2).flatten(0, 1) for part in (output, x))
+        denoised = to_denoised(self.prediction, *by_frame, alpha.flatten(), sigma.flatten())
+        return denoised.unflatten(0, t.shape).transpose(1, 2)
+
+    def causal(self, network: nn.Module) -> CausalSeat:
+        if isinstance(network, WanExperts) or self.pipeline.transformer.config.patch_size[0] != 1:
+            raise FewstepError(
+                "found a Wan of two networks, or of patches of several frames, for a causal student, expected one "
+                "network and a token row for every latent frame (Wan2.1, Wan2.2-5B), fix: choose such a teacher"
+            )
+        return CausalSeat(network)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
