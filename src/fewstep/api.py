@@ -10,18 +10,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fewstep.attention import Layout
 from fewstep.caching import make_cache
 from fewstep.conditions import CACHE_FOLDER, Encoding, TextOptions
 from fewstep.core.tensors import Condition
-from fewstep.data.pairs import TeacherPairs
+from fewstep.data.pairs import TeacherPairs, TeacherTrajectories
 from fewstep.data.prompts import PromptData, training_captions
 from fewstep.data.real import RealScenes
 from fewstep.data.sources import Prompts, read_prompts
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
 from fewstep.losses.moments import element_moments
-from fewstep.methods import METHODS, DecoupledOptions, Options, PhasedOptions, preset
+from fewstep.methods import METHODS, CausalInitOptions, DecoupledOptions, Method, Options, PhasedOptions, preset
 from fewstep.methods.base import Needs
+from fewstep.methods.reward_forcing import Reward, RewardForcing, RewardForcingOptions
+from fewstep.methods.self_forcing import layout_of
 from fewstep.models.backbone import Backbone
 from fewstep.models.export import Form, save_student
 from fewstep.models.loading import adapter_of, load_backbone
@@ -32,6 +35,7 @@ from fewstep.models.sharding import collected, shard
 from fewstep.models.sizes import SizeList
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
+from fewstep.streaming.student import CausalStudent
 from fewstep.training.folder import refuse_run, room
 from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.options import TrainOptions
@@ -156,6 +160,8 @@ def distill(
     prompts: Sequence[str] | str | Path | None = None,
     real: RealData | None = None,
     pairs: PairData | None = None,
+    reward: Reward | None = None,
+    start: str | Path | None = None,
     roles: RoleOptions | None = None,
     train_options: TrainOptions | None = None,
     text: TextOptions | None = None,
@@ -175,7 +181,10 @@ def distill(
         real: clean data for methods with a discriminator, such as `fewstep.data.real.RealImages`; for the embedded
             teacher its own scenes unless told.
         pairs: noise with the teacher's samples, for methods that regress to them; 1024 of
-            `fewstep.data.pairs.TeacherPairs` unless told.
+            `fewstep.data.pairs.TeacherPairs` (causal-init: `TeacherTrajectories`) unless told.
+        reward: of the student's samples, for methods that weigh by one; the method's own unless told.
+        start: folder of a student, a whole pipeline, whose weights this one begins with; the teacher's unless told.
+            Not for roles of adapters.
         roles: how networks share weights; as the family's recipe unless told.
         train_options: iterations, rates, batch and the like; as the family's recipe unless told.
         text: how prompts are encoded: unless told, once, to a cache beside `out`, and the text encoders are out of
@@ -200,28 +209,43 @@ def distill(
     if isinstance(options, PhasedOptions):
         from fewstep.several import distill_phases
 
+        if start is not None or reward is not None:
+            raise FewstepError(
+                f"found start or reward for {name}, whose experts begin as the teacher, expected neither, fix: leave "
+                "it out"
+            )
         return distill_phases(
             teacher, options, out=out, prompts=prompts, real=real, roles=roles, train_options=train_options,
             text=text, sizes=sizes, hooks=hooks, resume=resume,
         )  # fmt: skip
-    recipe = options.build()
+    recipe = _built(options, reward)
     needs = recipe.needs
     train_options.validate()
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = teacher.backbone
     _check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
+    if needs.causal and roles.shard:
+        raise FewstepError(
+            "found a causal student for a sharded run, expected whole weights in every process, as spread ones are "
+            "not supported for it, fix: leave --shard off"
+        )
     texts = _training_prompts(backbone.source, prompts)
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
         real = _own_scenes(backbone, recipe.name, train_options.seed)
     encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks or pairs))
+    if isinstance(options, CausalInitOptions) and needs.trajectories and pairs is None:
+        pairs = TeacherTrajectories(
+            teacher, texts, grid=options.path_grid, keep=options.time_grid(options.steps)[:-1],
+            guidance_scale=options.guidance_scale, seed=train_options.seed,
+        )  # fmt: skip
     if needs.pairs and pairs is None:
         pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
     features = needs.features if roles.discriminator == "method" else roles.discriminator
     grids = [options.time_grid(count) for count in options.counts]
     choose_scheduler(backbone, grids, options.eta, options.chain_noise)  # refuses what no pipeline could sample
     options = with_moments(options, teacher, texts)
-    recipe = options.build()
+    recipe = _built(options, reward)
     seats = build_roles(
         backbone,
         roles.roles,
@@ -234,8 +258,11 @@ def distill(
         discriminator=features if needs.discriminator else "none",
         compile_backend="inductor" if roles.compile else None,
         steps_aware=needs.steps_condition or needs.landing_condition,
+        causal=needs.causal,
         seed=train_options.seed,
     )
+    if start is not None:
+        begin_with(seats, start)
     if hooks is None:
         hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0)
     kept = {name: value for name, value in asdict(roles).items() if name not in (*MEMORY_ONLY, "discriminator")}
@@ -248,6 +275,10 @@ def distill(
         configuration["size"] = backbone.told_size
     if backbone.quantised:
         configuration["quantised"] = backbone.quantised
+    if start is not None:
+        configuration["start"] = str(start)
+    if reward is not None:
+        configuration["reward"] = getattr(reward, "__qualname__", type(reward).__qualname__)
     if listed is not None:
         configuration["sizes"] = list(sizes)
         hooks = at_first_size(listed, hooks)
@@ -280,6 +311,36 @@ def distill(
                 export(student, options, folder, told)
         group.wait()  # the others load what the first has written
     return load_student(folder)
+
+
+def begin_with(seats: Roles, folder: str | Path) -> None:
+    """Give the student of `seats`, a full network, the weights of the student in `folder`.
+
+    Raises:
+        FewstepError: the student is an adapter, or `folder` holds no student of the same shape.
+    """
+    if seats.student_seat.adapter is not None:
+        raise FewstepError(
+            "found a student that is an adapter to begin with the weights of another, expected a full network, "
+            "fix: --roles mixed or --roles copies"
+        )
+    network = load_student(folder).network
+    seats.load_student_state({name: value.detach() for name, value in network.named_parameters()})
+
+
+def _built(options: Options, reward: Reward | None) -> Method:
+    """The method, with the reward where one is told.
+
+    Raises:
+        FewstepError: a reward for a method that has none.
+    """
+    if reward is None:
+        return options.build()
+    if not isinstance(options, RewardForcingOptions):
+        raise FewstepError(
+            f"found a reward for {options.build().name}, expected one for reward-forcing alone, fix: leave it out"
+        )
+    return RewardForcing(options, reward)
 
 
 def size_list(backbone: Backbone, sizes: Sequence[str], needs: Needs, seed: int) -> SizeList | None:
@@ -355,6 +416,7 @@ def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]
     grids = [options.time_grid(count) for count in options.counts]
     name = next((name for name, make in METHODS.items() if make() == options), options.build().name)
     more = {"paper": options.build().paper, **details, "method": asdict(options)}
+    layout = layout_of(options)
     forms: dict[Form, Path] = {"pipeline": folder}
     if seats.one_adapter:
         forms["lora"] = folder.with_name(LORA_FOLDER)
@@ -367,6 +429,7 @@ def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]
             eta=options.eta,
             chain_noise=options.chain_noise,
             form=form,
+            causal=None if layout is None else asdict(layout),
             details=more,
         )
     return folder
@@ -447,12 +510,29 @@ class LiveStudent(Student):
         return self._seats.student(x, t, condition)
 
 
+class LiveCausalStudent(CausalStudent):
+    """The same for one that makes videos chunk by chunk."""
+
+    def __init__(self, seats: Roles, options: Options, layout: Layout) -> None:
+        backbone = seats.backbone
+        assert isinstance(backbone, Backbone)
+        assert seats.causal is not None
+        grids = {count: options.time_grid(count) for count in options.counts}
+        card = {"teacher": backbone.source}
+        super().__init__(backbone, backbone.network, grids, card, options.eta, layout, seats.causal)
+        self._seats = seats
+
+    def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self._seats.student(x, t, condition)
+
+
 def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path, wants_scores: bool) -> Hooks:
     """Sample grids, and scores if they are wanted and the judge knows the data."""
     from fewstep.evaluation.compare import default_prompts
     from fewstep.evaluation.pictures import save_pictures
 
-    student = LiveStudent(seats, options)
+    layout = layout_of(options)
+    student = LiveStudent(seats, options) if layout is None else LiveCausalStudent(seats, options, layout)
     embedded = Path(student.backbone.source) == shipped(TEACHER_FOLDER)
     shown = 4 if len(student.backbone.latent_shape) == 4 else 16  # of videos a few
     prompts = default_prompts(shown) if embedded else list(texts[:shown])  # `conditions` knows them

@@ -18,6 +18,16 @@ GRID = grids.shifted(3, 5.0)
 CHANNELS, SIDE, ROWS = 4, 4, 2
 
 
+def keep_float64(monkeypatch: Any) -> None:
+    """Wan's blocks call `.float()` on what they add up; from now on that leaves float64 alone."""
+    to_float = torch.Tensor.float
+
+    def kept(self: Tensor, *more: Any, **told: Any) -> Tensor:
+        return self if self.dtype == torch.float64 else to_float(self, *more, **told)
+
+    monkeypatch.setattr(torch.Tensor, "float", kept)
+
+
 def tiny_network(layers: int = 2) -> Any:
     """A stock network with random weights, also those that are zero or one in a new one."""
     from diffusers import WanTransformer3DModel

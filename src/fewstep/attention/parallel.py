@@ -47,8 +47,8 @@ class Parallel:
     def __init__(self, layout: Layout, chunks: int, clean_history: bool) -> None:
         if layout.sink_decay < 1:
             raise FewstepError(
-                f"found sink_decay {layout.sink_decay} for chunks in parallel, expected 1, since a sink that is blended "
-                "is made chunk by chunk, fix: set sink_decay to 1 here; the rollout can have another"
+                f"found sink_decay {layout.sink_decay} for chunks in parallel, expected 1, since a blended sink is "
+                "made chunk by chunk, fix: set sink_decay to 1 here; the rollout can have another"
             )
         frames = chunks * layout.chunk
         self.views = []

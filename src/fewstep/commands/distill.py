@@ -31,6 +31,9 @@ class RunOptions:
     prompts: str | None = None
     """PATH or PATH:COLUMN of a text, .jsonl, .csv, .parquet or .tar file, or of a folder of them (docs/prompts.md). The
     embedded teacher has captions of its own."""
+    start: Path | None = None
+    """Folder of a student whose weights this one begins with, such as that of `causal-init` for `self-forcing`; for
+    roles `copies` or `mixed`."""
     resume: bool = False
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
@@ -92,6 +95,7 @@ def main(arguments: list[str]) -> None:
         args.method,
         out=run.out,
         prompts=prompts,
+        start=run.start,
         roles=args.roles,
         train_options=args.train,
         text=args.text,

@@ -68,8 +68,49 @@ class TeacherPairs:
         chunk, place = divmod(pair, _CHUNK)
         if chunk not in self._chunks:
             seeds = range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, self.count))
-            prompts = [self._prompt(seed) for seed in seeds]
-            made = self._teacher.latents(prompts, seeds, self._steps, guidance_scale=self._guidance_scale)
-            self._chunks[chunk] = self._teacher.noise(seeds), made
+            self._chunks[chunk] = self._make([self._prompt(seed) for seed in seeds], seeds)
         noise, made = self._chunks[chunk]
         return noise[place], made[place]
+
+    def _make(self, prompts: list[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        made = self._teacher.latents(prompts, seeds, self._steps, guidance_scale=self._guidance_scale)
+        return self._teacher.noise(seeds), made
+
+
+class StateSampler(PairSampler, Protocol):
+    """What trajectories need of a teacher: `fewstep.models.teacher.Teacher` has it."""
+
+    def states(
+        self, prompts: Sequence[str], seeds: Sequence[int], grid: Tensor, keep: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class TeacherTrajectories(TeacherPairs):
+    """Pairs with more of the teacher's path than its noise: its states (B, K, ...) at a student's K times.
+
+    Args:
+        teacher: makes them.
+        prompts: texts, used in turn.
+        count: how many different ones (CausVid 1,000, Self Forcing 16,000); each costs a guided sampling.
+        grid: (steps + 1,) times of the teacher's sampler.
+        keep: (K,) times on it at which states are kept.
+        guidance_scale: of the teacher, 1 means none.
+        seed: of the order in which they are used.
+    """
+
+    def __init__(
+        self,
+        teacher: StateSampler,
+        prompts: Sequence[str],
+        count: int = 1024,
+        *,
+        grid: Tensor,
+        keep: Tensor,
+        guidance_scale: float,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(teacher, prompts, count, guidance_scale=guidance_scale, seed=seed)
+        self._sampler, self._grid, self._keep, self._scale = teacher, grid, keep, guidance_scale
+
+    def _make(self, prompts: list[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self._sampler.states(prompts, seeds, self._grid, self._keep, self._scale)

@@ -9,9 +9,11 @@ from typing import Any
 from fewstep.errors import FewstepError
 from fewstep.methods import METHODS, Options, PhasedOptions, preset
 
+_VIDEOS = "its student makes videos chunk by chunk, and the league's teachers make single pictures"
 EXCLUDED: dict[str, str] = {
     "phased-paper": "its shift, loss and guidance are those of a flow teacher of shift 5; `phased` plays instead",
     "tsm": "imitates the teacher at all noise levels to prepare a smaller student; makes no few-step student by itself",
+    **{name: _VIDEOS for name, make in METHODS.items() if make().build().needs.causal},
 }
 """Presets that do not play, with the reason. MSD is no preset: it is one of the others for each part of the prompts."""
 

@@ -9,10 +9,20 @@ from collections.abc import Callable
 
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Loss, Method, Needs, Options, Roles
+from fewstep.methods.causal_init import CausalInitOptions, causal_init, teacher_forcing
 from fewstep.methods.decoupled import DecoupledOptions, decoupled, decoupled_constrained, decoupled_shared
 from fewstep.methods.dmd2 import DMD2Options, dmd, dmd2
 from fewstep.methods.f_distill import FDistillOptions, f_distill
 from fewstep.methods.phased import PhasedOptions, phased, phased_paper
+from fewstep.methods.reward_forcing import RewardForcingOptions, reward_forcing
+from fewstep.methods.self_forcing import (
+    SelfForcingOptions,
+    SelfForcingSiDOptions,
+    causvid,
+    self_forcing,
+    self_forcing_gan,
+    self_forcing_sid,
+)
 from fewstep.methods.sid import SiDOptions, sid_anti_cfg, sid_long, sid_lsg, sid_none, sid_zero_cfg
 from fewstep.methods.tdm_options import TDMOptions, tdm, tdm_paper, tdm_unify
 from fewstep.methods.tsm import TSMOptions, tsm
@@ -35,6 +45,13 @@ METHODS: dict[str, Callable[[], Options]] = {
     "phased": phased,
     "phased-paper": phased_paper,
     "tsm": tsm,
+    "causal-init": causal_init,
+    "teacher-forcing": teacher_forcing,
+    "causvid": causvid,
+    "self-forcing": self_forcing,
+    "self-forcing-sid": self_forcing_sid,
+    "self-forcing-gan": self_forcing_gan,
+    "reward-forcing": reward_forcing,
 }
 
 
@@ -52,6 +69,7 @@ def preset(name: str) -> Options:
 __all__ = [
     "METHODS",
     "Batch",
+    "CausalInitOptions",
     "DMD2Options",
     "DecoupledOptions",
     "FDistillOptions",
@@ -60,7 +78,10 @@ __all__ = [
     "Needs",
     "Options",
     "PhasedOptions",
+    "RewardForcingOptions",
     "Roles",
+    "SelfForcingOptions",
+    "SelfForcingSiDOptions",
     "SiDOptions",
     "TDMOptions",
     "TSMOptions",

@@ -13,10 +13,14 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fewstep.attention.layout import Layout
+from fewstep.core.guidance import Denoiser
 from fewstep.core.process import Process
 from fewstep.core.rollout import Path
 from fewstep.core.streams import Draw
 from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
+from fewstep.streaming.rollout import Memory
 
 STEPS = "steps"
 """Condition key of the step count K: (B,) floats. Read by steps-aware students and critics, ignored by teachers."""
@@ -53,7 +57,9 @@ class Batch:
     real: tuple[Tensor, Condition] | None = None
     """Clean samples of the data with their own conditions, B rows each, for methods that need them."""
     pairs: tuple[Tensor, Tensor, Condition] | None = None
-    """Standard normal noise, what the teacher's sampler made of it, and the conditions, for methods that need them."""
+    """Standard normal noise, what the teacher's sampler made of it, and the conditions, for methods that need them.
+
+    For methods that need trajectories, the first is (B, K, ...): the states at the student's times."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,34 @@ class Needs:
     real_data: bool = False
     pairs: bool = False
     """Noise with the teacher's own samples from it."""
+    trajectories: bool = False
+    """In the place of the noise of `pairs`: where the teacher's path from it is at the student's K times."""
+    causal: bool = False
+    """A student that can be called chunk by chunk."""
     steps_condition: bool = False
     """Student and critic must read the condition "steps"."""
     landing_condition: bool = False
     """The critic must read the condition "landing"."""
+
+
+class CausalCalls(Protocol):
+    """How a student is called that makes videos (B, C, F, ...) chunk by chunk; see `fewstep.attention.CausalSeat`."""
+
+    def memory(self, student: Denoiser, layout: Layout, condition: Condition) -> Memory:
+        """An empty memory; `student` is that of the roles."""
+        ...
+
+    def parallel(
+        self,
+        student: Denoiser,
+        layout: Layout,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        clean: Tensor | None = None,
+    ) -> Tensor:
+        """All chunks at once at times `t` (B, F), with noisy or `clean` history, as a denoised video."""
+        ...
 
 
 class Roles(Protocol):
@@ -166,6 +196,21 @@ class Options(Protocol):
         ...
 
     def build(self) -> Method: ...
+
+
+def causal_calls(roles: Roles) -> CausalCalls:
+    """`roles.causal`, how the student is called chunk by chunk.
+
+    Raises:
+        FewstepError: the roles have none.
+    """
+    found: CausalCalls | None = getattr(roles, "causal", None)
+    if found is None:
+        raise FewstepError(
+            "found roles whose student makes whole samples, expected one that makes videos chunk by chunk, "
+            "fix: build_roles(..., causal=True)"
+        )
+    return found
 
 
 def mean_loss(losses: Sequence[Loss]) -> Loss:

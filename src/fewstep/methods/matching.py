@@ -125,11 +125,7 @@ class Matching:
     def rollout(self, batch: Batch, roles: Roles, draw: Draw) -> Path:
         """Pure noise, a step count for each sample, and the student's path from there, walked as far as asked."""
         o = self.options
-        if self.needs.real_data and batch.real is None:
-            raise FewstepError(
-                f"found a batch without real data, expected some, since {self.name} here has a discriminator "
-                "(gan_weight above 0, or a divergence other than reverse_kl), fix: fill Batch.real"
-            )
+        self._require_data(batch)
         device = batch.samples.device
         counts = torch.tensor(o.counts)
         steps = counts[draw.integers("steps", len(counts))]
@@ -146,6 +142,13 @@ class Matching:
         )
         path.real = batch.real
         return path
+
+    def _require_data(self, batch: Batch) -> None:
+        if self.needs.real_data and batch.real is None:
+            raise FewstepError(
+                f"found a batch without real data, expected some, since {self.name} here has a discriminator "
+                "(gan_weight above 0, or a divergence other than reverse_kl), fix: fill Batch.real"
+            )
 
     def critic_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
         """The critic learns to denoise the student's renoised samples; the discriminator, to tell them from data."""

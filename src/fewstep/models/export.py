@@ -41,6 +41,7 @@ def save_student(
     chain_noise: str = "fresh",
     form: Form = "pipeline",
     dtype: torch.dtype = torch.float32,
+    causal: Mapping[str, Any] | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the student to `folder`, replacing a student that is there.
@@ -59,6 +60,8 @@ def save_student(
         chain_noise: what the rest of it is (`choose_scheduler`).
         form: "lora" only for adapter roles that are not steps-aware.
         dtype: of the weights on disk; the folder loads as float32 whatever it is.
+        causal: of a student that makes videos chunk by chunk: the fields of its `fewstep.attention.Layout`. The folder
+            is then a stock pipeline for its parts only; `load_student` makes videos of it.
         details: more for `fewstep.json` and the card, JSON-able (options, iterations, paper, metrics).
 
     Returns:
@@ -103,6 +106,8 @@ def save_student(
         "versions": _versions(),
         "details": dict(details or {}),
     }
+    if causal is not None:
+        card["causal"] = dict(causal)
     with written_atomically(Path(folder)) as temporary:
         if form == "pipeline":
             write_pipeline(temporary, backbone, roles.student_network(), sampling, card, dtype)
@@ -111,7 +116,7 @@ def save_student(
             told = metadata(card)
             save_loras(temporary, student_loras(roles), base=card["teacher"], peft=peft, dtype=dtype, metadata=told)
             sampling.scheduler.save_pretrained(temporary / "scheduler")
-            card["usage"] = _lora_usage(backbone, sampling, peft)
+            card["usage"] = _causal_usage(card) if causal is not None else _lora_usage(backbone, sampling, peft)
             write_card(temporary, card)
     return Path(folder)
 
@@ -124,7 +129,7 @@ def write_pipeline(
     save_pipeline(pipeline, folder, dtype)
     start = sampling.start  # the folder holds a process that may end there
     card["grids"] = {count: [time / start for time in grid] for count, grid in card["grids"].items()}
-    card["usage"] = _pipeline_usage(backbone, pipeline, sampling)
+    card["usage"] = _causal_usage(card) if "causal" in card else _pipeline_usage(backbone, pipeline, sampling)
     write_card(folder, card)
 
 
@@ -234,6 +239,19 @@ def _pipeline_usage(backbone: Backbone, pipeline: Any, sampling: Sampling) -> li
         "",
         f'pipeline = {loader}.from_pretrained("FOLDER")',
         *_calls(sampling, backbone),
+    ]
+
+
+def _causal_usage(card: Mapping[str, Any]) -> list[str]:
+    """Lines that sample the causal student in the folder FOLDER, which no stock pipeline does."""
+    window = "" if card["causal"]["window"] is not None else ", sink=1, window=5"
+    return [
+        "import fewstep",
+        "",
+        'student = fewstep.load_student("FOLDER")',
+        'video = student.sample(["a prompt"], [0])[0]',
+        f'for latents in student.stream("a prompt", 0{window}):',
+        "    ...",
     ]
 
 

@@ -125,7 +125,8 @@ def load_student(
 ) -> Student:
     """Load what `save_student` wrote: a pipeline folder, or a LoRA with the teacher that it names; or several of them.
 
-    Several lie in one folder with their router, and are sampled as one (`fewstep.models.router`).
+    Several lie in one folder with their router, and are sampled as one (`fewstep.models.router`). One that makes videos
+    chunk by chunk is a `fewstep.streaming.student.CausalStudent`.
 
     Args:
         folder: what to load.
@@ -162,7 +163,14 @@ def load_student(
     if card["form"] == "lora":
         network = attach_loras(backbone, network, read_loras(folder, backbone.network_parts)).to(backbone.device)
     backbone.embedded_guidance = card.get("embedded_guidance", backbone.embedded_guidance)
-    return Student(backbone, network, grids, card["steps_aware"], card, float(card.get("eta", 1)))
+    eta = float(card.get("eta", 1))
+    if "causal" in card:
+        from fewstep.attention import Layout
+        from fewstep.streaming.student import CausalStudent
+
+        network = shared_copy(network) if network is backbone.network else network
+        return CausalStudent(backbone, network, grids, card, eta, Layout(**card["causal"]), backbone.causal(network))
+    return Student(backbone, network, grids, card["steps_aware"], card, eta)
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.guidance import guided
-from fewstep.core.solvers import SOLVERS
+from fewstep.core.solvers import SOLVERS, Callback
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone, seeded_noise
@@ -42,8 +42,13 @@ class Teacher:
         *,
         guidance_scale: float | None = None,
         solver: str = "ddim",
+        grid: Tensor | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """Latents (B, ...) float32 for prompts and seeds of equal number; see `sample`."""
+        """Latents (B, ...) float32 for prompts and seeds of equal number; see `sample`.
+
+        `grid` (steps + 1,) takes the place of the pipeline's own for `steps`; `callback` is the solver's.
+        """
         if len(prompts) != len(seeds):
             raise FewstepError(
                 f"found {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt, "
@@ -68,9 +73,34 @@ class Teacher:
         def denoise(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return guided(self._call, x, t, condition, null, scale)
 
-        grid = backbone.teacher_grid(steps)
+        grid = backbone.teacher_grid(steps) if grid is None else grid
         start = self.noise(seeds) * backbone.process.noise_scale
-        return SOLVERS[solver](denoise, start, grid, backbone.process, backbone.encode(prompts))
+        told = {} if callback is None else {"callback": callback}
+        return SOLVERS[solver](denoise, start, grid, backbone.process, backbone.encode(prompts), **told)
+
+    def states(
+        self, prompts: Sequence[str], seeds: Sequence[int], grid: Tensor, keep: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Where the sampler (ddim) is at the times `keep` (K,) of `grid` (steps + 1,), and where it ends.
+
+        Returns:
+            (B, K, ...) states, each what a call at that time is made with, and (B, ...) samples.
+
+        Raises:
+            FewstepError: a time of `keep` that is not on the grid.
+        """
+        missing = [float(time) for time in keep if not bool(torch.isclose(grid, time, atol=1e-9).any())]
+        if missing:
+            raise FewstepError(
+                f"found the times {missing} to keep of a sampler that does not pass them, expected times of its grid, "
+                "fix: a number of steps that is a multiple of the student's, with its shift"
+            )
+        states = [self.noise(seeds) * self.backbone.process.noise_scale]
+        end = self.latents(
+            prompts, seeds, guidance_scale=guidance_scale, grid=grid, callback=lambda _, x, __: states.append(x)
+        )
+        kept = [states[int((grid - time).abs().argmin())] for time in keep]
+        return torch.stack(kept, 1), end
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """The standard normal noise (B, ...) that `latents` starts from."""

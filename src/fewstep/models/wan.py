@@ -35,7 +35,16 @@ from fewstep.models.videos import (
 from fewstep.models.wan_experts import WanExperts
 
 _BLADE = "Video-BLADE's released TDM for Wan2.1-1.3B (arXiv 2508.10774)"
+_FORCING = "Self Forcing's release for Wan2.1-1.3B (arXiv 2506.08009)"
 _PHASED = "Phased DMD, arXiv 2510.27684, appendix B (Wan2.2-A14B)"
+
+_SELF_FORCING = {
+    "guidance_scale": Setting(4.0, _FORCING),
+    "critic_updates": Setting(5, _FORCING),
+    "student_rate": Setting(2e-6, _FORCING),
+    "critic_rate": Setting(4e-7, _FORCING),
+    "roles": Setting("copies", _FORCING),
+}
 
 
 @register_backbone("WanTransformer3DModel")
@@ -55,6 +64,13 @@ class Wan(Backbone):
         critic_rate=Setting(5e-4, _BLADE),
         roles=Setting("adapters", _BLADE),
         rank=Setting(64, _BLADE),
+        by_method={
+            "causal-init": {
+                "student_rate": Setting(2e-6, "CausVid's release for Wan2.1-1.3B (arXiv 2412.07772)"),
+                "roles": Setting("copies", _FORCING),
+            },
+            **dict.fromkeys(("self-forcing", "reward-forcing"), _SELF_FORCING),
+        },
     )
 
     def __init__(self, pipeline: Any, source: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fewstep.core.process import Process
 from fewstep.core.streams import Streams
 from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Options
 
 _SHAPE = (4,)
@@ -35,9 +36,17 @@ def calls_of(options: Options, process: Process, rows: int) -> dict[str, list[Ca
     """The calls of a critic update and of the student's update for a micro-batch of `rows`, in order.
 
     Those without a backward are given with all rows: along a path, some are of fewer.
+
+    Raises:
+        FewstepError: the method's student is causal, whose calls are not all of one size.
     """
     measured = {name: 1.0 for name in ("moment_mean", "moment_variance") if getattr(options, name, 0.0) is None}
     method = replace(options, **measured).build() if measured else options.build()  # type: ignore[type-var]
+    if method.needs.causal:
+        raise FewstepError(
+            f"found {method.name}, whose student makes videos chunk by chunk, expected a method of whole samples, "
+            "fix: plan dmd2 on the same teacher for what the networks take"
+        )
     roles = _StandIns(process)
     samples = torch.arange(rows)
     noise = torch.zeros(rows, *_SHAPE)

@@ -45,9 +45,7 @@ class Memory(Protocol):
 
 
 @torch.no_grad()
-def stream(
-    memory: Memory, noise: ChunkNoise, grid: Tensor, process: Process, *, eta: float = 0.0
-) -> Iterator[Tensor]:
+def stream(memory: Memory, noise: ChunkNoise, grid: Tensor, process: Process, *, eta: float = 0.0) -> Iterator[Tensor]:
     """Chunks (B, C, n, ...), one after the other, without end; K + 1 forwards of n frames each.
 
     A chunk is handed out before it is remembered, so a prompt that `memory` is told in between also holds for what is
@@ -115,6 +113,13 @@ class CausalPath(DrawnPath):
         """The same with gradient, through the last call of every chunk; `student` is the memory's own."""
         self._walk()
         return self._joined([path.land(_denoiser(memory), self._exit) for memory, path in self._made])
+
+    @property
+    def first_and_last(self) -> tuple[Tensor, Tensor]:
+        """The first and the last chunk (B, C, n, ...), without gradient."""
+        self._walk()
+        first, last = (self._made[place][1].landing(self._exit).denoised for place in (0, -1))
+        return first, last
 
     @property
     def _exit(self) -> Tensor:

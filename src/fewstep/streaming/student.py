@@ -1,0 +1,116 @@
+"""A saved causal student: films of the trained length, and streams without end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.attention import CausalSeat, Layout
+from fewstep.attention.layout import FRAMES
+from fewstep.core.streams import Streams
+from fewstep.core.tensors import Condition
+from fewstep.errors import FewstepError
+from fewstep.models.backbone import Backbone
+from fewstep.models.student import Student
+from fewstep.streaming.rollout import Memory, stream
+
+
+class CausalStudent(Student):
+    """A student that makes videos chunk by chunk. A seed gives noise of our own, not the stock pipeline's.
+
+    Args:
+        backbone: the pipeline around it.
+        network: the student's network.
+        grids: the time grid (K+1,) of its step count.
+        card: what `fewstep.json` says.
+        eta: share of its own noise that a step keeps.
+        layout: its chunks and its memory of them.
+        seat: the causal seat of `network`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        network: nn.Module,
+        grids: dict[int, Tensor],
+        card: dict[str, Any],
+        eta: float,
+        layout: Layout,
+        seat: CausalSeat,
+    ) -> None:
+        super().__init__(backbone, network, grids, False, card, eta)
+        self.layout, self._seat = layout, seat
+
+    def memory(self, condition: Condition, layout: Layout | None = None) -> Memory:
+        """An empty memory of a video per row of `condition`, for `fewstep.streaming.stream`."""
+        return self._seat.memory(self.denoise, layout or self.layout, condition)
+
+    @torch.no_grad()
+    def latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "trained"
+    ) -> Tensor:
+        """Latents (B, C, F, H, W) of the backbone's size; K forwards of all frames, and one to remember them."""
+        if solver != "trained":
+            raise FewstepError(
+                f"found solver {solver!r} for a student that makes videos chunk by chunk, expected 'trained', "
+                "fix: leave it out"
+            )
+        chunks = self.layout.chunks(self.backbone.latent_shape[FRAMES - 1])
+        return torch.cat(list(islice(self._chunks(prompts, seeds, steps, self.layout), chunks)), FRAMES)
+
+    def stream(
+        self,
+        prompts: Sequence[str] | str,
+        seeds: Sequence[int] | int = 0,
+        steps: int | None = None,
+        *,
+        sink: int | None = None,
+        window: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Latents of chunks (B, C, n, H, W), without end, at constant memory and cost; they begin as `latents` do.
+
+        Args:
+            prompts: one or several.
+            seeds: one per prompt, or the first of consecutive ones.
+            steps: network calls per chunk; the student's own unless told.
+            sink: first chunks that are never forgotten, where it is not to be as trained.
+            window: chunks before the current one that are remembered, likewise; has to be told where the student was
+                trained to remember all.
+
+        Raises:
+            FewstepError: no window, or settings out of range.
+        """
+        layout = replace(
+            self.layout,
+            sink=self.layout.sink if sink is None else sink,
+            window=self.layout.window if window is None else window,
+        )
+        layout.validate()
+        if layout.window is None:
+            raise FewstepError(
+                "found a stream of a student that remembers every chunk, expected a window, or its memory grows "
+                "without end and leaves what it was trained for, fix: stream(..., sink=1, window=5)"
+            )
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        numbers = range(seeds, seeds + len(texts)) if isinstance(seeds, int) else seeds
+        return self._chunks(texts, numbers, steps, layout)
+
+    def _chunks(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, layout: Layout
+    ) -> Iterator[Tensor]:
+        grid = self._grid(steps)
+        if len(prompts) != len(seeds):
+            raise FewstepError(
+                f"found {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt, "
+                "fix: repeat the shorter"
+            )
+        backbone = self.backbone
+        draw = Streams(0).at(0, seeds)
+        shape = (backbone.latent_shape[0], layout.chunk, *backbone.latent_shape[FRAMES:])
+        noise = lambda chunk, k: draw.normal(f"chunk {chunk}, {k}", shape, device=backbone.device)
+        return stream(self.memory(backbone.encode(prompts), layout), noise, grid, backbone.process, eta=self.eta)
