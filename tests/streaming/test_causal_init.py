@@ -74,6 +74,14 @@ def test_trajectories_are_states_of_the_teachers_sampler(tmp_path: Path) -> None
         teacher.states(["a frog"], [0], grid, grids.uniform(3)[:-1], 2.0)
 
 
+def test_the_samplers_grid_passes_the_students_times() -> None:
+    shifted = CausalInitOptions(steps=4, path_steps=48)
+    torch.testing.assert_close(shifted.path_grid, grids.shifted(48, 5.0), rtol=0, atol=1e-12)
+    assert torch.equal(shifted.path_grid[::12], shifted.time_grid(4))
+    uneven = CausalInitOptions(steps=2, path_steps=6, grid=(0.9, 0.3))
+    assert torch.equal(uneven.path_grid[::3], uneven.time_grid(2))
+
+
 def test_what_is_refused() -> None:
     roles = WanRoles()
     with pytest.raises(FewstepError, match="a batch without trajectories"):

@@ -62,6 +62,19 @@ def test_with_the_sign_reversed_it_does_not() -> None:
     assert min(errors(student)) > 0.6
 
 
+def test_the_critics_best_is_the_exact_denoiser_of_the_students_law() -> None:
+    """V10: scaled up or down, its loss on the student's own videos is higher."""
+    options = SelfForcingOptions(**PLAIN)
+    roles, method = ArRoles(ArStudent(options.time_grid(2)[:-1])), options.build()
+    exact, found = roles.critic, {}
+    for scale in (0.9, 1.0, 1.1):
+        roles.critic = lambda x, t, condition, s=scale: s * exact(x, t, condition)  # type: ignore[method-assign, misc]
+        draw = BulkDraw(4096, torch.Generator().manual_seed(0))
+        path = method.rollout(Batch({}, torch.arange(4096), (D, FRAMES), torch.float64), roles, draw)
+        found[scale] = float(method.critic_loss(path, roles, draw).values.mean())
+    assert found[1.0] < min(found[0.9], found[1.1])
+
+
 def test_the_law_is_a_fixed_point() -> None:
     """Teacher and critic agree on the exact student: no gradient, whatever is drawn (V9, M6, R11)."""
     options = SelfForcingOptions(**PLAIN)

@@ -22,17 +22,16 @@ def rotary_table(times: Sequence[int], height: int, width: int, head_width: int,
     Angles are computed in float64, as diffusers' are, so that times of 40,000 keep their digits.
     """
     of_space = 2 * (head_width // 6)
-    shape = (len(times), height, width)
-    axes = [torch.tensor(list(times)), torch.arange(height), torch.arange(width)]
+    sizes = (len(times), height, width)
+    places = (torch.tensor(list(times)), torch.arange(height), torch.arange(width))
     parts = []
-    for axis, (places, part) in enumerate(zip(axes, (head_width - 2 * of_space, of_space, of_space), strict=True)):
+    for axis, part in enumerate((head_width - 2 * of_space, of_space, of_space)):
         frequencies = 1.0 / _THETA ** (torch.arange(0, part, 2, dtype=torch.float64) / part)
-        angles = torch.outer(places.double(), frequencies)
-        here = [1, 1, 1]
-        here[axis] = len(places)
-        parts.append(angles.view(*here, -1).expand(*shape, -1))
-    angles = torch.cat(parts, -1).reshape(len(times) * height * width, 1, head_width // 2)
-    return torch.stack([angles.cos(), angles.sin()]).to(like.device, at_least_float32(like.dtype))
+        angles = torch.outer(places[axis].double(), frequencies)
+        turns = torch.stack([angles.cos(), angles.sin()]).to(like.device, at_least_float32(like.dtype))
+        along = [2, *(size if other == axis else 1 for other, size in enumerate(sizes)), -1]
+        parts.append(turns.view(along).expand(2, *sizes, -1))
+    return torch.cat(parts, -1).flatten(1, 3).unsqueeze(2)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -44,6 +44,10 @@ class CausalInitOptions(Layout):
     """Network calls K of the student, 1 or more."""
     shift: float = 5.0
     """Shift of its time grid, above 0; 1 is uniform."""
+    start_time: float = 1.0
+    """Time of its first call, in (0, 1]; pure noise is taken for the law there."""
+    grid: tuple[float, ...] = ()
+    """Times of its K calls, falling, within (0, 1], instead of the shifted grid."""
     eta: float = 0.0
     """Share of its own noise that a step keeps when it samples, in [0, 1]; not looked at in training."""
     source: Source = "trajectories"
@@ -67,12 +71,17 @@ class CausalInitOptions(Layout):
 
     def time_grid(self, steps: int) -> Tensor:
         """The K+1 times of a student with `steps` calls, float64."""
-        return grids.shifted(steps, self.shift)
+        return grids.explicit(self.grid) if self.grid else grids.shifted(steps, self.shift, self.start_time)
 
     @property
     def path_grid(self) -> Tensor:
-        """The times of the teacher's sampler, the student's among them, float64."""
-        return grids.shifted(self.path_steps, self.shift)
+        """The times of the teacher's sampler, float64: between two of the student's, equal steps in un-shifted time."""
+        student, between = self.time_grid(self.steps), self.path_steps // self.steps
+        u = grids.unshift_time(student, self.shift)
+        shares = torch.arange(between, dtype=torch.float64) / between
+        inner = grids.shift_time(torch.lerp(u[:-1, None], u[1:, None], shares), self.shift)
+        inner[:, 0] = student[:-1]
+        return grids.validated(torch.cat([inner.flatten(), student[-1:]]))
 
     def build(self) -> CausalInit:
         """The method with these settings."""
@@ -82,6 +91,11 @@ class CausalInitOptions(Layout):
         super().validate()
         require(self.steps >= 1, "steps", self.steps, "1 or more", "use 4")
         require(self.shift > 0, "shift", self.shift, "a number above 0", "1 means none")
+        require(
+            0 < self.start_time <= 1, "start_time", self.start_time, "a time in (0, 1]", "1 is the last noise level"
+        )
+        fits = len(self.grid) in (0, self.steps)
+        require(fits, "grid", self.grid, f"a time for each of the {self.steps} steps", "use shift instead of a grid")
         require(0 <= self.eta <= 1, "eta", self.eta, "a number in [0, 1]", "0 is new noise at every step")
         require(self.source in get_args(Source), "source", self.source, f"one of {get_args(Source)}", "choose one")
         require(self.history in get_args(Context), "history", self.history, f"one of {get_args(Context)}", "choose one")

@@ -115,8 +115,8 @@ class Wan(Backbone):
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         if t.ndim == 1:
             return to_denoised(self.prediction, output, x, alpha, sigma)
-        by_frame = (part.transpose(1, 2).flatten(0, 1) for part in (output, x))
-        denoised = to_denoised(self.prediction, *by_frame, alpha.flatten(), sigma.flatten())
+        output, x = (part.transpose(1, 2).flatten(0, 1) for part in (output, x))  # frame by frame
+        denoised = to_denoised(self.prediction, output, x, alpha.flatten(), sigma.flatten())
         return denoised.unflatten(0, t.shape).transpose(1, 2)
 
     def causal(self, network: nn.Module) -> CausalSeat:

@@ -18,7 +18,7 @@ from fewstep.attention.layout import FRAMES
 from fewstep.core.guidance import Denoiser
 from fewstep.core.process import Process
 from fewstep.core.rollout import DrawnPath, Landing, Path
-from fewstep.core.solvers import ddim
+from fewstep.core.solvers import Noise, ddim
 from fewstep.core.tensors import Condition
 
 ChunkNoise = Callable[[int, int], Tensor]
@@ -60,7 +60,7 @@ def stream(memory: Memory, noise: ChunkNoise, grid: Tensor, process: Process, *,
     """
     for chunk in count():
         x = noise(chunk, 0) * process.noise_scale
-        x = ddim(_denoiser(memory), x, grid, process, {}, eta=eta, noise=lambda k, _, c=chunk: noise(c, k + 1))
+        x = ddim(_denoiser(memory), x, grid, process, {}, eta=eta, noise=_fresh(noise, chunk))
         yield x
         memory.remember(x)
 
@@ -137,7 +137,7 @@ class CausalPath(DrawnPath):
                 self.process,
                 {},
                 self._eta_of_chunks,
-                lambda k, _, c=chunk: self._noise(c, k + 1),  # type: ignore[misc]
+                _fresh(self._noise, chunk),
             )
             made = path.landing(self._exit).denoised
             self._made.append((before, path))
@@ -151,6 +151,11 @@ class CausalPath(DrawnPath):
         )
         t_from = landings[0].t_from
         return Landing(denoised, denoised, eps, torch.zeros_like(t_from), t_from, self.condition)
+
+
+def _fresh(noise: ChunkNoise, chunk: int) -> Noise:
+    """A chunk's new noise as solvers and paths ask for it."""
+    return lambda k, _: noise(chunk, k + 1)
 
 
 def _denoiser(memory: Memory) -> Denoiser:
