@@ -14,6 +14,7 @@ from typing import get_args
 from fewstep.core.process import DiscreteVP, Flow, Process
 from fewstep.evaluation.answer import Answer
 from fewstep.evaluation.known_answers_adversarial import adversarial_fixed_points, density_ratio, dmd2_gaussian
+from fewstep.evaluation.known_answers_causal import causal_law
 from fewstep.evaluation.known_answers_decoupled import guidance_and_matching, guided_gaussian
 from fewstep.evaluation.known_answers_fixed_points import (
     closed_form_gains,
@@ -62,6 +63,8 @@ def quick_checks() -> dict[str, Check]:
     for name, process in (("flow", flow), ("vp", vp)):
         checks[f"decoupled guided Gaussian, {name}, K=2"] = partial(guided_gaussian, process)
     checks["dmd2 Gaussian, flow, K=1"] = partial(dmd2_gaussian, flow, 1, 5e-3)
+    for loss in ("DMD", "SiD"):
+        checks[f"causal law, {loss}"] = partial(causal_law, loss)
     for method, (name, process) in product(RUNS, (("flow", flow), ("vp", vp))):
         checks[f"{method} through copies, {name}"] = partial(through_roles, process, method, "copies")
     for method in _QUICK_THROUGH_ADAPTERS:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import Layout
-from fewstep.core.process import Flow
+from fewstep.core.guidance import Denoiser
+from fewstep.core.process import Flow, Process
 from fewstep.core.tensors import Condition
 from fewstep.streaming import Memory
 
@@ -86,7 +87,8 @@ class ArMemory:
     """The frame before."""
 
     def __init__(self, student: ArStudent) -> None:
-        self._student, self._before = student, None
+        self._student = student
+        self._before: Tensor | None = None
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         return self._student(x, t, self._before)
@@ -101,34 +103,45 @@ class ArMemory:
 
 
 class ArRoles:
-    """Exact teacher and critic; the critic knows where the latest video stopped. `flipped` reverses the two."""
+    """Exact teacher and critic; the critic knows where the latest video stopped."""
 
-    process = Flow()
+    process: Process = Flow()
 
-    def __init__(self, student: ArStudent, flipped: bool = False) -> None:
-        self.network, self._flipped = student, flipped
+    def __init__(self, student: ArStudent) -> None:
+        self.network = student
 
     @property
     def causal(self) -> ArRoles:
         return self
 
-    def memory(self, student: object, layout: Layout, condition: Condition) -> Memory:
+    def memory(self, student: Denoiser, layout: Layout, condition: Condition) -> Memory:
         return ArMemory(self.network)
 
+    def parallel(
+        self,
+        student: Denoiser,
+        layout: Layout,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        clean: Tensor | None = None,
+    ) -> Tensor:
+        raise NotImplementedError
+
     def student(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        raise AssertionError("a causal student is called through its memory")
+        raise NotImplementedError("a causal student is called through its memory")
 
     def teacher(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self._own(x, t) if self._flipped else self._real(x, t)
+        return exact_denoiser(x, t, covariance(torch.eye(D, dtype=torch.float64), A, Q))
 
     def critic(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self._real(x, t) if self._flipped else self._own(x, t)
+        return exact_denoiser(x, t, covariance(*self.network.law(self.network.exit_call)))
 
     def null(self, condition: Condition) -> Condition:
         return condition
 
-    def _real(self, x: Tensor, t: Tensor) -> Tensor:
-        return exact_denoiser(x, t, covariance(torch.eye(D, dtype=torch.float64), A, Q))
+    def discriminator(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        raise NotImplementedError
 
-    def _own(self, x: Tensor, t: Tensor) -> Tensor:
-        return exact_denoiser(x, t, covariance(*self.network.law(self.network.exit_call)))
+    def log_ratio(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        raise NotImplementedError
