@@ -1,9 +1,9 @@
 """Captioned films of the embedded data set: one thing moves over a background that stays, rendered while needed.
 
 A film is a function of (seed, index): a thing, how it moves, whether it sings, a background, and the accidents of
-each. Its caption names the thing and, each by chance, the rest; what it leaves open really varies, uniformly. With each
-film come its track (the thing's centre in every frame) and its drive, a sound-like signal that sets the thing's size, so
-that whatever follows text, tracks or sound can be measured exactly (`fewstep.evaluation.films`).
+each. Its caption names the thing and, each by chance, the rest; what it leaves open really varies, uniformly. With a
+film come its track (the thing's centre in every frame) and its drive, a sound-like signal that sets the thing's size,
+so that what follows text, tracks or sound can be measured exactly (`fewstep.evaluation.films`).
 """
 
 from __future__ import annotations

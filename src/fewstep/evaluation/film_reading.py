@@ -103,9 +103,8 @@ def _coarse(above: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
     templates, products = _templates()
     mixed = -(above * colours[:, :, None, None]).sum(1, keepdim=True)
     overlap = conv2d(torch.cat([above, mixed], 1), templates, padding=_REACH)  # (N, 60, 21, 21)
-    weights = torch.cat([torch.ones_like(colours), -colours.square().sum(1, keepdim=True)], 1)
-    own = torch.diagonal(products, dim1=1, dim2=2)[:, :3].sum(1) - 2 * colours @ products[:, :3, 3].T
-    own = own - weights[:, 3:] * products[:, 3, 3]
+    own = products[:, [0, 1, 2], [0, 1, 2]].sum(1) - 2 * colours @ products[:, :3, 3].T
+    own = own + colours.square().sum(1, keepdim=True) * products[:, 3, 3]  # squares of RGB less colour times opacity
     places = overlap.shape[-1]
     best = (2 * overlap - own[:, :, None, None]).flatten(1).argmax(1)
     kind, place = best // places**2, best % places**2

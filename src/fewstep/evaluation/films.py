@@ -8,7 +8,7 @@ ought to agree with.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -135,7 +135,9 @@ class FilmScores:
     """Levels, of frames after the first chunk; likewise the next."""
     background_drift: float
     outside: float
-    """Share of frames whose thing is no size that films have."""
+    """Share of frames whose thing has a size that films do not have, by more than a pixel."""
+    curves: dict[str, list[float]]
+    """Per field of `Drift` its means over chunks of `CHUNK` frames."""
     error: float | None = None
     """Pixels from the track."""
     correlation: float | None = None
@@ -170,6 +172,7 @@ def score_films(
         colour_drift=float(away.colour[:, CHUNK:].mean()),
         background_drift=float(away.background[:, CHUNK:].mean()),
         outside=float(((reading.sides < QUIET - 1) | (reading.sides > LOUD + 1)).float().mean()),
+        curves={field.name: away.curve(field.name) for field in fields(Drift)},
         error=None if tracks is None else float(centroid_error(reading, tracks).mean()),
         correlation=followed,
     )
