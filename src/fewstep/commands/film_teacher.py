@@ -29,7 +29,7 @@ class TrainVideo:
 
 @dataclass(kw_only=True)
 class TableVideo:
-    """Score the video teacher's films for held-out captions over steps and guidance; rendered films are the first row."""
+    """Score the video teacher over steps and guidance; for its card. Rendered films are the first row."""
 
     teacher: Path = Path("runs/video-teacher") / FILM_FOLDER
     """Its pipeline folder."""

@@ -46,7 +46,8 @@ def draw_path(motion: str, frames: int, rng: np.random.Generator) -> np.ndarray:
         angle = rng.uniform(0, 2 * math.pi) + t[:, 0] * rng.choice((-1, 1)) * 2 * math.pi / rng.uniform(16, 28)
         return centre + radius * np.stack([np.cos(angle), np.sin(angle)], 1)
     if motion == "wanders":
-        return _wander(start, rng.standard_normal((frames, 2)), rng.uniform(0, 2 * math.pi))
+        angle = rng.uniform(0, 2 * math.pi)
+        return _wander(start, angle, rng.standard_normal((frames, 2)))
     direction = np.array(_SLIDES[motion.split()[-1]])
     begin = MARGIN + rng.uniform(0, 0.4) * (SIDE - 2 * MARGIN)  # leaves room ahead before it turns
     start = np.where(direction > 0, begin, np.where(direction < 0, SIDE - begin, start))
@@ -63,7 +64,7 @@ def _fold(path: np.ndarray) -> np.ndarray:
     return MARGIN + room - np.abs((path - MARGIN) % (2 * room) - room)
 
 
-def _wander(position: np.ndarray, pushes: np.ndarray, angle: float) -> np.ndarray:
+def _wander(position: np.ndarray, angle: float, pushes: np.ndarray) -> np.ndarray:
     """Pushed at random in every frame, never faster than 1.2 pixels a frame along an axis; turns at the edges."""
     velocity, path = 0.7 * np.array([math.cos(angle), math.sin(angle)]), []
     for push in pushes:

@@ -134,7 +134,7 @@ def draw_background(colour: int, rng: np.random.Generator) -> Tensor:
     coarse = torch.from_numpy(rng.uniform(-TEXTURE, TEXTURE, (1, 1, 5, 5)).astype(np.float32))
     texture = interpolate(coarse, size=(SIDE, SIDE), mode="bilinear", align_corners=True)[0]
     base = torch.tensor(BACKGROUNDS[FILM_BACKGROUNDS[colour]], dtype=torch.float32).view(3, 1, 1)
-    return (base + texture) / 127.5 - 1
+    return ((base + texture) / 127.5 - 1).clamp(-1, 1)
 
 
 def render_films(things: Tensor, tracks: Tensor, drives: Tensor, backgrounds: Tensor) -> Tensor:
@@ -190,4 +190,6 @@ def film_sprites() -> Tensor:
         cell = sheet.crop((column * size, row * size, (column + 1) * size, (row + 1) * size)).convert("RGBa")
         cells.append(np.asarray(cell.resize((_SPRITE, _SPRITE), Image.Resampling.LANCZOS)))
     sprites = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255
-    return torch.cat([2 * sprites[:, :3] - sprites[:, 3:], sprites[:, 3:]], 1)
+    opacity = sprites[:, 3:]
+    colour = torch.minimum(sprites[:, :3], opacity)  # Lanczos overshoots
+    return torch.cat([2 * colour - opacity, opacity], 1)

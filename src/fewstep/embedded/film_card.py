@@ -57,11 +57,12 @@ def film_table(table: dict[str, Any]) -> str:
     """The rows of `fewstep teacher table-video` as Markdown."""
     films = next(iter(table.values()))["films"]
     lines = [
-        f"Held-out captions, {films} films a row (`fewstep teacher table-video`). Shares of frames with the right thing "
-        "and of films with the right motion, voice and background where the caption says it; fit is the share of what "
-        "is not background that the thing's drawing explains; the rest in pixels a frame, and levels of 255.\n",
-        "| films | network calls | thing | motion | voice | background | fit | same thing as in the first chunk | speed "
-        "| flicker | colour drift | background drift |",
+        f"Held-out captions, {films} films a row (`fewstep teacher table-video`). Shares of frames with the right "
+        "thing, and of films with the right motion, voice and background where the caption says it; fit is the share "
+        "of what is not background that the thing's drawing explains; same thing: as in the first chunk; the rest in "
+        "pixels a frame, and in levels of 255.\n",
+        "| films | network calls | thing | motion | voice | background | fit | same thing | speed | flicker "
+        "| colour drift | background drift |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in table.items():

@@ -56,10 +56,8 @@ def evaluate_films(
     start = time.perf_counter()
     films = model.sample([str(c) for c in captions], list(range(first, first + count)), steps, **more)
     seconds = (time.perf_counter() - start) / count
-    if isinstance(model, Teacher):
-        calls = model.calls(steps, more.get("guidance_scale"))
-    else:
-        calls = steps or max(model.grids)
+    is_teacher = isinstance(model, Teacher)
+    calls = model.calls(steps, more.get("guidance_scale")) if is_teacher else steps or max(model.grids)
     return EvaluatedFilms(score_films(films, captions), calls, seconds)
 
 
