@@ -21,8 +21,9 @@ from fewstep.embedded.film_teacher import (
     FilmModel,
     FilmOptions,
     FilmTraining,
+    build_film_autoencoder,
     build_film_tokenizer,
-    film_crops,
+    film_frames,
 )
 from fewstep.embedded.training import TOKENS
 from fewstep.evaluation.film_run import film_captions, rendered_scores
@@ -58,11 +59,17 @@ def test_frames_are_encoded_and_decoded_one_by_one() -> None:
     torch.testing.assert_close(part, whole[:, :, 2:])
 
 
-def test_crops_are_parts_of_films() -> None:
-    crops = film_crops(7, np.random.default_rng(0))
-    assert crops.shape == (7, 3, 16, 16)
-    assert crops.abs().max() <= 1 + 1e-5
-    assert crops.flatten(2).std(2).mean() > 0.05
+def test_the_autoencoder_starts_from_the_images_and_sees_whole_frames() -> None:
+    image = build_autoencoder()
+    own, given = build_film_autoencoder(image).state_dict(), image.state_dict()
+    new = {
+        name for name, value in own.items() if not torch.equal(value, given[name]) or value.shape != given[name].shape
+    }
+    assert 2 <= len(new) <= 6
+    assert all(LATENT_CHANNELS in own[name].shape for name in new)
+    frames = film_frames(7, np.random.default_rng(0))
+    assert frames.shape == (7, 3, 32, 32)
+    assert frames.abs().max() <= 1 + 1e-5
 
 
 def test_the_loss_is_that_of_flow(monkeypatch: pytest.MonkeyPatch) -> None:

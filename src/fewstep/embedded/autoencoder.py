@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fewstep.data.scenes import SIDE, Scenes
+from fewstep.embedded.training import precision
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
@@ -67,26 +68,29 @@ def train_autoencoder(
     iterations: int,
     report: Callable[[int, float], None],
     *,
+    start: AutoencoderTiny | None = None,
     draw: Draw | None = None,
-    latent_channels: int = LATENT_SHAPE[0],
     batch: int = 64,
     rate: float = 2e-3,
     seed: int = 0,
+    bf16: bool = False,
     device: str = "cpu",
 ) -> AutoencoderTiny:
-    """Train from nothing; `report(iteration, loss)` is called every 100 iterations and at the end.
+    """Train from nothing, or from `start`; `report(iteration, loss)` is called every 100 iterations and at the end.
 
     Trains on what `draw` gives, on crops of scenes unless told.
     """
     torch.manual_seed(seed)
-    autoencoder = build_autoencoder(latent_channels=latent_channels)
+    autoencoder = start or build_autoencoder()
     autoencoder = autoencoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(autoencoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, iterations, pct_start=0.1)
     rng, generator, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed), draw or scene_crops()
     for iteration in range(1, iterations + 1):
         images = draw(batch, rng)
-        loss = autoencoder_loss(autoencoder, images.to(device, memory_format=torch.channels_last), generator)
+        images = images.to(device, memory_format=torch.channels_last)
+        with precision(bf16, device):
+            loss = autoencoder_loss(autoencoder, images, generator)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)

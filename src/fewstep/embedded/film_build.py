@@ -1,4 +1,4 @@
-"""Build the embedded video teacher from nothing: autoencoder, teacher, pipeline folder. Resumable.
+"""Build the embedded video teacher: autoencoder (from the image teacher's), teacher, pipeline folder. Resumable.
 
 As `fewstep.embedded.build`: a stage whose file is in the work folder is not repeated, and the training continues from
 its last state. Several processes (`torchrun --standalone --nproc_per_node=2 -m fewstep teacher train-video`) share the
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from fewstep.embedded.autoencoder import train_autoencoder
-from fewstep.embedded.build import Report, make_autoencoder, run_training, write_folder
+from fewstep.embedded.build import TEACHER_FOLDER, Report, make_autoencoder, run_training, shipped, write_folder
 from fewstep.embedded.film_teacher import (
-    LATENT_CHANNELS,
     FilmOptions,
     FilmTraining,
+    build_film_autoencoder,
     build_film_pipeline,
-    film_crops,
+    film_frames,
 )
 
 FILM_FOLDER = "film-teacher"
@@ -31,8 +31,8 @@ FILM_FOLDER = "film-teacher"
 class FilmBuildOptions:
     """How much each stage trains."""
 
-    autoencoder_iterations: int = 900
-    """Batches of 64 crops of 16x16."""
+    autoencoder_iterations: int = 1_500
+    """Batches of 32 frames."""
     save_seconds: float = 300.0
     """How often the teacher's training state is saved."""
 
@@ -49,7 +49,9 @@ def build_film_teacher(
     say: Report = report if rank == 0 else lambda _: None
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        train = partial(train_autoencoder, draw=film_crops, latent_channels=LATENT_CHANNELS, device=device)
+        image = AutoencoderTiny.from_pretrained(shipped(TEACHER_FOLDER) / "vae")
+        start = build_film_autoencoder(image.float())
+        train = partial(train_autoencoder, start=start, draw=film_frames, batch=32, bf16=options.bf16, device=device)
         make_autoencoder(out, build.autoencoder_iterations, say, train)
     if world > 1:
         dist.barrier()

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from fewstep.core.grids import shift_time
-from fewstep.data.film_paths import MOTIONS, SIDE
+from fewstep.data.film_paths import MOTIONS
 from fewstep.data.films import FILM_BACKGROUNDS, FILM_THINGS, FRAMES, VOICES, draw_films
+from fewstep.embedded.autoencoder import build_autoencoder
 from fewstep.embedded.training import (
     TOKENS,
     Training,
@@ -41,8 +42,6 @@ SHIFT = 3.0
 """Of the times it is trained and sampled at: films of 24 like frames need more noise than pictures."""
 LONGEST = 1024
 """Positions along an axis of the rotary embedding; the most frames of a film."""
-CROP = 16
-"""Side of the crops that the autoencoder is trained on, in pixels: four times as many for the same cost."""
 _TOGETHER = 4  # frames of one film in a batch of the autoencoder
 
 
@@ -99,12 +98,22 @@ def build_film_pipeline(
     return FilmPipeline(tokenizer, text_encoder, autoencoder, scheduler, transformer)
 
 
-def film_crops(count: int, rng: np.random.Generator) -> torch.Tensor:
-    """Crops (count, 3, 16, 16) of films' first frames, in [-1, 1], each at its own place: for the autoencoder."""
-    films = draw_films(rng.integers(2**31, size=-(-count // _TOGETHER)), frames=_TOGETHER)
-    frames = films.pixels.transpose(1, 2).flatten(0, 1)[:count]
-    corners = rng.integers(0, SIDE - CROP + 1, (count, 2))
-    return torch.stack([f[:, y : y + CROP, x : x + CROP] for f, (y, x) in zip(frames, corners, strict=True)])
+def build_film_autoencoder(image: AutoencoderTiny) -> AutoencoderTiny:
+    """An autoencoder of frames that starts from the image teacher's; only its layers next to the latents are new."""
+    autoencoder = build_autoencoder(latent_channels=LATENT_CHANNELS)
+    state = autoencoder.state_dict()
+    fitting = {k: v for k, v in image.state_dict().items() if v.shape == state[k].shape}
+    autoencoder.load_state_dict(fitting, strict=False)
+    return autoencoder
+
+
+def film_frames(count: int, rng: np.random.Generator) -> torch.Tensor:
+    """First frames (count, 3, 32, 32) of films, in [-1, 1]: for the autoencoder.
+
+    Whole ones: trained on crops, it would only ever work near the edges of what it is given.
+    """
+    films = draw_films(rng.integers(2**62, size=-(-count // _TOGETHER)), frames=_TOGETHER)
+    return films.pixels.transpose(1, 2).flatten(0, 1)[:count]
 
 
 class FilmModel(nn.Module):

@@ -11,7 +11,7 @@ import torch
 
 from fewstep.data.films import FRAMES, FilmCaption, draw_film_caption, draw_films
 from fewstep.evaluation.films import FilmScores, score_films
-from fewstep.evaluation.run import SEEDS_APART
+from fewstep.evaluation.run import SEEDS_APART, network_calls
 from fewstep.models.student import Student
 from fewstep.models.teacher import Teacher
 from fewstep.models.videos import video_pixels
@@ -56,9 +56,7 @@ def evaluate_films(
     start = time.perf_counter()
     films = model.sample([str(c) for c in captions], list(range(first, first + count)), steps, **more)
     seconds = (time.perf_counter() - start) / count
-    is_teacher = isinstance(model, Teacher)
-    calls = model.calls(steps, more.get("guidance_scale")) if is_teacher else steps or max(model.grids)
-    return EvaluatedFilms(score_films(films, captions), calls, seconds)
+    return EvaluatedFilms(score_films(films, captions), network_calls(model, steps, **more), seconds)
 
 
 def film_line(name: str, result: EvaluatedFilms) -> str:

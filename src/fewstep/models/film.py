@@ -53,6 +53,7 @@ class FilmPipeline(WanPipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
         height: int = 32,
         width: int = 32,
         num_frames: int = 24,
@@ -69,6 +70,7 @@ class FilmPipeline(WanPipeline):
 
         Args:
             prompt: one or several; or `prompt_embeds`, what `encode_prompt` makes of them.
+            negative_prompt: what guidance leads away from; the empty prompt unless told.
             height: in pixels, a multiple of 8; likewise `width`.
             num_frames: any number.
             guidance_scale: 1 for none.
@@ -82,16 +84,19 @@ class FilmPipeline(WanPipeline):
             )
         states = prompt_embeds.to(self.transformer.dtype)
         if guidance_scale > 1:
-            empty, _ = self.encode_prompt(
-                "", do_classifier_free_guidance=False, device=device, max_sequence_length=states.shape[1]
-            )
-            states = torch.cat([empty.to(states).expand_as(states), states])
+            shunned, _ = self.encode_prompt(
+                negative_prompt or "", do_classifier_free_guidance=False, device=device,
+                max_sequence_length=states.shape[1],
+            )  # fmt: skip
+            states = torch.cat([shunned.to(states).expand_as(states), states])
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         count, channels = len(prompt_embeds), self.transformer.config.in_channels
         x = self.prepare_latents(count, channels, height, width, num_frames, torch.float32, device, generator, latents)
         for t in self.progress_bar(self.scheduler.timesteps):
             fed = x.to(states.dtype).repeat(len(states) // count, 1, 1, 1, 1)
-            output = self.transformer(fed, t.expand(len(fed)), states, return_dict=False)[0]
+            output = self.transformer(
+                hidden_states=fed, timestep=t.expand(len(fed)), encoder_hidden_states=states, return_dict=False
+            )[0]
             if guidance_scale > 1:
                 without, with_ = output.chunk(2)
                 output = without + guidance_scale * (with_ - without)
@@ -119,7 +124,7 @@ class Film(Wan):
     """Adapter of `FilmPipeline`. Latents (C, F, h, w)."""
 
     pipeline_classes = ("FilmPipeline",)
-    comfyui_key = None
+    comfyui_key = None  # type: ignore[assignment]
     teacher_guidance = 3.0
     recipe = Recipe(guidance_scale=Setting(3.0), shift=Setting(3.0), roles=Setting("copies"))
 
