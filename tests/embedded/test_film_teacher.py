@@ -72,15 +72,23 @@ def test_the_autoencoder_starts_from_the_images_and_sees_whole_frames() -> None:
     assert frames.abs().max() <= 1 + 1e-5
 
 
-def test_the_loss_is_that_of_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an output of zeros it is the mean square of noise - data: 1 + that of the latents."""
+def test_the_loss_is_zero_at_the_flow_from_data_to_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     training = FilmTraining(build_autoencoder(latent_channels=LATENT_CHANNELS), FilmOptions(batch=4, frames=3))
-    monkeypatch.setattr(training.model, "forward", lambda x, t, captions: torch.zeros_like(x))
     films = draw_films(np.random.default_rng(5).integers(2**62, size=4), frames=3)
     with torch.no_grad():
-        expected = 1 + encode_frames(training.autoencoder, films.pixels).square().mean()
-        found = training.loss(np.random.default_rng(5))
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0)
+        x0 = encode_frames(training.autoencoder, films.pixels)
+    told: list[str] = []
+
+    def forward(x: torch.Tensor, t: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        told.extend(captions)
+        assert ((t > 0) & (t < 1)).all()
+        return (x - x0) / t.view(-1, 1, 1, 1, 1) + wrong  # noise - data, as x = data + t (noise - data)
+
+    monkeypatch.setattr(training.model, "forward", forward)
+    for wrong in (0.0, 0.5):
+        loss = training.loss(np.random.default_rng(5))
+        torch.testing.assert_close(loss, torch.tensor(wrong**2), rtol=1e-3, atol=1e-5)
+    assert sum(text == str(c) for text, c in zip(told, films.captions, strict=False)) >= 2  # some are dropped
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from fewstep.data.scenes import held_out
 from fewstep.data.things import BACKGROUNDS, STYLES, THINGS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 FRAMES = 24
@@ -98,6 +99,7 @@ def draw_films(
     frames: int = FRAMES,
     for_evaluation: bool = False,
     captions: Sequence[FilmCaption] | None = None,
+    device: str | torch.device = "cpu",
 ) -> FilmBatch:
     """The films of `indices`, each a function of (seed, index) alone.
 
@@ -107,6 +109,7 @@ def draw_films(
         indices: any numbers from 0.
         for_evaluation: with captions of the held-out set instead of the training set.
         captions: where given, those of the films, one per index.
+        device: where to render; the numbers agree between devices to rounding.
     """
     import torch
 
@@ -120,9 +123,9 @@ def draw_films(
         tracks.append(draw_path(MOTIONS[values[1]], frames, rngs[1]))
         drives.append(draw_drive(frames, rngs[2]) if VOICES[values[2]] == "singing" else np.zeros(frames))
         backgrounds.append(draw_background(values[3], rngs[3]))
-    things = torch.tensor([values[0] for values in attributes])
-    track, drive = (torch.from_numpy(np.stack(rows).astype(np.float32)) for rows in (tracks, drives))
-    ground = torch.stack(backgrounds)
+    things = torch.tensor([values[0] for values in attributes], device=device)
+    track, drive = (torch.from_numpy(np.stack(rows).astype(np.float32)).to(device) for rows in (tracks, drives))
+    ground = torch.stack(backgrounds).to(device)
     return FilmBatch(render_films(things, track, drive, ground), told, np.array(attributes), track, drive, ground)
 
 
@@ -164,7 +167,7 @@ def draw_things(things: Tensor, centres: Tensor, sides: Tensor) -> Tensor:
         sides: (N,) in pixels.
     """
     across, down = (_spread(centres[:, axis], sides) for axis in (0, 1))
-    return down[:, None] @ (film_sprites()[things] @ across[:, None].transpose(2, 3))
+    return down[:, None] @ (film_sprites().to(things.device)[things] @ across[:, None].transpose(2, 3))
 
 
 def _spread(centre: Tensor, side: Tensor) -> Tensor:

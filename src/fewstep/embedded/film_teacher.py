@@ -155,10 +155,10 @@ class FilmTraining(Training):
 
         o = self.options
         indices = rng.integers(2**62, size=o.batch // self.world)
-        films = draw_films(indices, seed=o.seed, frames=o.frames)
+        films = draw_films(indices, seed=o.seed, frames=o.frames, device=self.device)
         captions = [blur_words(str(c), o, rng) for c in films.captions]
         with torch.no_grad(), precision(o.bf16, self.device):
-            x0 = encode_frames(self.autoencoder, films.pixels.to(self.device))
+            x0 = encode_frames(self.autoencoder, films.pixels)
         noise = torch.from_numpy(rng.standard_normal(x0.shape, np.float32)).to(self.device)
         even = torch.from_numpy((rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0))
         t = shift_time(even, SHIFT).float().to(self.device)
