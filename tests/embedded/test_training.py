@@ -13,16 +13,14 @@ from fewstep.embedded.autoencoder import LATENT_SHAPE, build_autoencoder
 from fewstep.embedded.judge import Judge
 from fewstep.embedded.teacher import (
     JITTERS,
-    TOKENS,
-    UNKNOWN_WORD,
     Latents,
     TeacherOptions,
     TeacherTraining,
     build_tokenizer,
     diffusion_loss,
-    learning_rate,
     noise_schedule,
 )
+from fewstep.embedded.training import TOKENS, UNKNOWN_WORD, learning_rate
 
 
 def test_every_caption_fits_the_vocabulary_and_the_length() -> None:

@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights of Qwen-Image, Z-Image, CogVideoX and Wan."""
+"""Tiny pipelines with random weights of Qwen-Image, Z-Image, CogVideoX, Wan and the embedded video teacher."""
 
 from __future__ import annotations
 
@@ -152,3 +152,23 @@ def wan(kind: str = "2.1") -> Any:
         transformer_2=transformer() if kind == "a14b" else None, boundary_ratio=0.875 if kind == "a14b" else None,
         expand_timesteps=kind == "5b",
     )  # fmt: skip
+
+
+def film() -> Any:
+    """As the embedded video teacher: each frame is a latent."""
+    from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+    from fewstep.models.film import FilmPipeline
+
+    torch.manual_seed(0)
+    words = tokenizer()
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3, num_encoder_blocks=(1,) * 3,
+        num_decoder_blocks=(1,) * 3, latent_channels=4, scaling_factor=1.0,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return FilmPipeline(words, t5("UMT5EncoderModel", words), vae, scheduler, transformer)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.common import choose_device, parse
+from fewstep.commands.film_teacher import FILM_ACTIONS
 from fewstep.core.files import read_weights
 from fewstep.data.build_sprites import build_sprites
 from fewstep.embedded.build import JUDGE_FILE, REFERENCE_FILE, BuildOptions, build_teacher, shipped
@@ -26,6 +27,7 @@ actions:
   table      scores of the teacher at 1 to 50 steps, with and without guidance
   card       write the model card from what was measured
   sprites    rebuild the sprite sheet from the npm packages
+  train-video, table-video, card-video   the same for the video teacher
 """
 
 
@@ -103,7 +105,9 @@ class Sprites:
 
 def main(arguments: list[str]) -> None:
     """Dispatch to an action."""
-    actions = {"train": _train, "reference": _reference, "table": _table, "card": _card, "sprites": _sprites}
+    actions = {
+        "train": _train, "reference": _reference, "table": _table, "card": _card, "sprites": _sprites, **FILM_ACTIONS,
+    }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fewstep.data.scenes import SIDE, Scenes
+from fewstep.embedded.training import precision
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
@@ -20,8 +21,11 @@ LATENT_NOISE = 0.1
 CROP = 32
 """Side of the crops it is trained on, in pixels: four times as many for the same cost."""
 
+Draw = Callable[[int, np.random.Generator], torch.Tensor]
+"""(count, generator) -> images (count, 3, H, W) in [-1, 1]."""
 
-def build_autoencoder(channels: int = 32) -> AutoencoderTiny:
+
+def build_autoencoder(channels: int = 32, latent_channels: int = LATENT_SHAPE[0]) -> AutoencoderTiny:
     """An untrained autoencoder; factor 4 in each direction, about 0.3 M parameters."""
     from diffusers import AutoencoderTiny
 
@@ -30,7 +34,7 @@ def build_autoencoder(channels: int = 32) -> AutoencoderTiny:
         decoder_block_out_channels=(channels,) * 3,
         num_encoder_blocks=(1, 1, 2),
         num_decoder_blocks=(3, 3, 1),
-        latent_channels=LATENT_SHAPE[0],
+        latent_channels=latent_channels,
         scaling_factor=1.0,
     )
 
@@ -48,26 +52,45 @@ def autoencoder_loss(autoencoder: AutoencoderTiny, images: torch.Tensor, generat
     return error.square().mean() + 0.5 * error.abs().mean() + 0.05 * pull
 
 
+def scene_crops() -> Draw:
+    """Crops of scenes, at one place for all of a batch."""
+    scenes = Scenes()
+
+    def draw(count: int, rng: np.random.Generator) -> torch.Tensor:
+        images, _, _ = scenes.draw(count, rng)
+        top, left = rng.integers(0, SIDE - CROP + 1, 2)
+        return images[:, :, top : top + CROP, left : left + CROP]
+
+    return draw
+
+
 def train_autoencoder(
     iterations: int,
     report: Callable[[int, float], None],
     *,
+    start: AutoencoderTiny | None = None,
+    draw: Draw | None = None,
     batch: int = 64,
     rate: float = 2e-3,
     seed: int = 0,
+    bf16: bool = False,
     device: str = "cpu",
 ) -> AutoencoderTiny:
-    """Train from nothing; `report(iteration, loss)` is called every 100 iterations and at the end."""
+    """Train from nothing, or from `start`; `report(iteration, loss)` is called every 100 iterations and at the end.
+
+    Trains on what `draw` gives, on crops of scenes unless told.
+    """
     torch.manual_seed(seed)
-    autoencoder = build_autoencoder().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    autoencoder = start or build_autoencoder()
+    autoencoder = autoencoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(autoencoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, iterations, pct_start=0.1)
-    scenes, rng, generator = Scenes(), np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    rng, generator, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed), draw or scene_crops()
     for iteration in range(1, iterations + 1):
-        images, _, _ = scenes.draw(batch, rng)
-        top, left = rng.integers(0, SIDE - CROP + 1, 2)
-        images = images[:, :, top : top + CROP, left : left + CROP]
-        loss = autoencoder_loss(autoencoder, images.to(device, memory_format=torch.channels_last), generator)
+        images = draw(batch, rng)
+        images = images.to(device, memory_format=torch.channels_last)
+        with precision(bf16, device):
+            loss = autoencoder_loss(autoencoder, images, generator)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)

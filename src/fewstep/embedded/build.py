@@ -13,8 +13,10 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +24,12 @@ import torch.distributed as dist
 from fewstep.embedded.autoencoder import train_autoencoder
 from fewstep.embedded.judge import Judge, judge_accuracy, train_judge
 from fewstep.embedded.teacher import Latents, TeacherOptions, TeacherTraining, build_pipeline
+from fewstep.embedded.training import Training
 from fewstep.errors import FewstepError
 from fewstep.models.export import save_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 Report = Callable[[str], None]
 TEACHER_FOLDER = "emoji-teacher"
@@ -66,14 +72,14 @@ def build_teacher(
     if rank == 0:
         if build.from_shipped:
             _take_shipped(out)
-        _autoencoder(out, build, device, say)
+        make_autoencoder(out, build.autoencoder_iterations, say, partial(train_autoencoder, device=device))
         _latents(out, options, say)
     if world > 1:
         dist.barrier()
     training = TeacherTraining(_load_latents(out), options, device, rank, world)
     if build.from_shipped:
         training.start_from(shipped(TEACHER_FOLDER))
-    _train(training, out / "teacher.safetensors", build, say)
+    run_training(training, out / "teacher.safetensors", build.save_seconds, say)
     if rank == 0:
         _judge(out, build, device, say)
         return export(training, out)
@@ -87,13 +93,11 @@ def _take_shipped(out: Path) -> None:
         shutil.copy(shipped(JUDGE_FILE), out / JUDGE_FILE)
 
 
-def _autoencoder(out: Path, build: BuildOptions, device: str, say: Report) -> None:
+def make_autoencoder(out: Path, iterations: int, say: Report, train: Callable[..., AutoencoderTiny]) -> None:
+    """`train` one into `out`, unless it is there."""
     if (out / "autoencoder").exists():
         return
-    total = build.autoencoder_iterations
-    autoencoder = train_autoencoder(
-        total, lambda i, loss: say(f"autoencoder {i}/{total} loss {loss:.4f}"), device=device
-    )
+    autoencoder = train(iterations, lambda i, loss: say(f"autoencoder {i}/{iterations} loss {loss:.4f}"))
     autoencoder.save_pretrained(out / "autoencoder.tmp")
     (out / "autoencoder.tmp").rename(out / "autoencoder")
 
@@ -117,7 +121,8 @@ def _load_latents(out: Path) -> Latents:
     return Latents(load_file(out / "latents.safetensors")["latents"])
 
 
-def _train(training: TeacherTraining, path: Path, build: BuildOptions, say: Report) -> None:
+def run_training(training: Training, path: Path, save_seconds: float, say: Report) -> None:
+    """Train to the end from the state in `path`, if there is one, saving it there from time to time."""
     if path.exists():
         training.load(path)
         say(f"continuing the teacher from iteration {training.iteration}")
@@ -127,7 +132,7 @@ def _train(training: TeacherTraining, path: Path, build: BuildOptions, say: Repo
         left = (training.options.iterations - iteration) / speed / 60
         say(f"teacher {iteration}/{training.options.iterations} loss {loss:.4f}, {left:.0f} min left")
         done = iteration == training.options.iterations
-        if training.rank == 0 and (done or time.monotonic() - saved > build.save_seconds):
+        if training.rank == 0 and (done or time.monotonic() - saved > save_seconds):
             training.save(path)
             saved = time.monotonic()
 
@@ -153,7 +158,11 @@ def export(training: TeacherTraining, out: Path) -> Path:
     model = training.averaged()
     autoencoder = AutoencoderTiny.from_pretrained(out / "autoencoder")
     pipeline = build_pipeline(autoencoder, model.tokenizer, model.text_encoder, model.transformer)
-    folder = out / TEACHER_FOLDER
+    return write_folder(out / TEACHER_FOLDER, pipeline, training)
+
+
+def write_folder(folder: Path, pipeline: Any, training: Training) -> Path:
+    """Write a teacher's pipeline in half precision with notes on its training; returns the folder."""
     save_pipeline(pipeline, folder, torch.float16)
     for name in ("model_index.json", "tokenizer/tokenizer_config.json"):  # a name that transformers 4 knows, too
         path = folder / name

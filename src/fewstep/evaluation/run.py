@@ -83,11 +83,15 @@ def evaluate_scenes(
             f"found images of shape {tuple(images.shape[1:])}, expected (3, 64, 64), fix: evaluate the embedded "
             "teacher or a student of it; compare others with `fewstep compare`"
         )
-    if isinstance(loaded, Teacher):
-        calls = loaded.calls(steps, more.get("guidance_scale"))
-    else:
-        calls = steps or max(loaded.grids)
+    calls = network_calls(loaded, steps, **more)
     return Evaluated(score_scenes(judge, images, captions, reference), calls, seconds)
+
+
+def network_calls(model: Teacher | Student, steps: int | None, **more: Any) -> int:
+    """Network calls per sample of `model.sample(..., steps, **more)`."""
+    if isinstance(model, Teacher):
+        return model.calls(steps, more.get("guidance_scale"))
+    return steps or max(model.grids)
 
 
 def line(name: str, result: Evaluated) -> str:

@@ -226,15 +226,18 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _loader(pipeline: Any) -> tuple[str, str]:
+    """Class and module that load folders of a pipeline: its own where it is one of ours."""
+    own = type(pipeline).__module__.startswith("fewstep")
+    return (type(pipeline).__name__, type(pipeline).__module__) if own else ("DiffusionPipeline", "diffusers")
+
+
 def _pipeline_usage(backbone: Backbone, pipeline: Any, sampling: Sampling) -> list[str]:
     """Lines that sample the pipeline folder FOLDER."""
-    network = getattr(pipeline, backbone.network_name)
-    aware = hasattr(network, "call_embedder")
-    loader, home = (type(pipeline).__name__, type(pipeline).__module__) if aware else ("DiffusionPipeline", "diffusers")
-    homes = [] if aware else [type(network).__module__]
-    homes.append(type(sampling.scheduler).__module__)
+    loader, home = _loader(pipeline)
+    homes = {type(part).__module__ for part in (getattr(pipeline, backbone.network_name), sampling.scheduler)}
     return [
-        *(f"import {home}" for home in homes if home.startswith("fewstep")),
+        *(f"import {other}" for other in sorted(homes - {home}) if other.startswith("fewstep")),
         f"from {home} import {loader}",
         "",
         f'pipeline = {loader}.from_pretrained("FOLDER")',
@@ -266,12 +269,13 @@ def _lora_usage(backbone: Backbone, sampling: Sampling, peft: bool) -> list[str]
         for part, file in list(weights_files(backbone.network_parts).items())[1:]:
             told = f'weight_name="{file}", adapter_name="fewstep", load_into_{part}=True'
             loading.append(f'pipeline.load_lora_weights("FOLDER", {told})')
+    loader, loader_home = _loader(backbone.pipeline)
     return [
-        "from diffusers import DiffusionPipeline",
+        f"from {loader_home} import {loader}",
         f"from {home.split('.')[0] if home.startswith('diffusers') else home} import {scheduler}",
         *(["from peft import PeftModel"] if peft else []),
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{TEACHER}")',
+        f'pipeline = {loader}.from_pretrained("{TEACHER}")',
         *loading,
         f'pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")',
         *_calls(sampling, backbone),

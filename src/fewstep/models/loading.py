@@ -35,7 +35,7 @@ ENTRY_POINTS = "fewstep.backbones"
 
 _FAMILIES = (
     "pixart", "stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "sana", "qwen_image", "z_image",
-    "cogvideox", "wan",
+    "cogvideox", "wan", "film",
 )  # fmt: skip
 """Modules beside this one whose import registers adapters."""
 

@@ -1,0 +1,92 @@
+"""`fewstep teacher train-video`, `table-video`, `card-video`: build and measure the embedded video teacher."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fewstep.commands.common import choose_device, parse
+from fewstep.embedded.film_build import FILM_FOLDER, FilmBuildOptions, build_film_teacher
+from fewstep.embedded.film_card import write_film_card
+from fewstep.embedded.film_teacher import FilmOptions
+from fewstep.evaluation.film_run import evaluate_films, film_line, film_record, rendered_scores
+
+
+@dataclass(kw_only=True)
+class TrainVideo:
+    """Build the embedded video teacher from nothing in one work folder; run it again to continue."""
+
+    out: Path = Path("runs/video-teacher")
+    """Work folder: autoencoder, training state, and in the end the pipeline folder."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`."""
+    teacher: FilmOptions = field(default_factory=FilmOptions)
+    stages: FilmBuildOptions = field(default_factory=FilmBuildOptions)
+
+
+@dataclass(kw_only=True)
+class TableVideo:
+    """Score the video teacher over steps and guidance; for its card. Rendered films are the first row."""
+
+    teacher: Path = Path("runs/video-teacher") / FILM_FOLDER
+    """Its pipeline folder."""
+    steps: tuple[int, ...] = (4, 8, 16, 50)
+    """Solver steps."""
+    scales: tuple[float, ...] = (1.0, 3.0)
+    """Guidance scales; 1 means none."""
+    frames: int = 24
+    """Frames of a film."""
+    count: int = 64
+    """Films a row."""
+    seed: int = 0
+    """Seed of the noise."""
+    out: Path | None = None
+    """JSON file for the numbers."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`."""
+
+
+@dataclass(kw_only=True)
+class CardVideo:
+    """Write README.md into the video teacher's folder from its training notes and its table."""
+
+    folder: Path = Path("runs/video-teacher") / FILM_FOLDER
+    """Pipeline folder with training.json."""
+    table: Path
+    """JSON of `fewstep teacher table-video --out`."""
+
+
+def _train(arguments: list[str]) -> None:
+    args = parse(TrainVideo, "teacher train-video", arguments)
+    torch.set_num_threads(1)
+    print(build_film_teacher(args.out, args.teacher, args.stages, device=str(choose_device(args.device))))
+
+
+def _table(arguments: list[str]) -> None:
+    from fewstep.api import load_teacher
+
+    args = parse(TableVideo, "teacher table-video", arguments)
+    teacher = load_teacher(args.teacher, device=choose_device(args.device), num_frames=args.frames)
+    result = rendered_scores(args.count, args.frames)
+    rows = {"rendered": film_record(result)}
+    print(film_line("rendered", result), flush=True)
+    for scale in args.scales:
+        for steps in args.steps:
+            result = evaluate_films(teacher, steps=steps, count=args.count, seed=args.seed, guidance_scale=scale)
+            name = f"{steps} steps, guidance {scale:g}"
+            rows[name] = film_record(result)
+            print(film_line(name, result), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _card(arguments: list[str]) -> None:
+    args = parse(CardVideo, "teacher card-video", arguments)
+    print(write_film_card(args.folder, json.loads(args.table.read_text())))
+
+
+FILM_ACTIONS = {"train-video": _train, "table-video": _table, "card-video": _card}
+"""Actions of `fewstep teacher`, by name."""
