@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fewstep.core.tensors import Condition, index_condition
 from fewstep.errors import FewstepError
-from fewstep.models.adapters import PerAdapter, adapter_parameters, add_adapter
+from fewstep.models.adapters import PerAdapter, adapter_parameters, add_adapter, cpu_copy
 from fewstep.models.backbone import Backbone
 from fewstep.models.loading import original
 from fewstep.models.roles import Kind, Roles, Seat, build_roles
@@ -70,7 +70,7 @@ class ExpertRoles(Roles):
 
         assert isinstance(self.backbone, Backbone)
         networks = [
-            _plain_copy(original(self.backbone).network)
+            cpu_copy(original(self.backbone).network)
             if seat is self._teacher
             else Roles(self.backbone, self._teacher, seat, None).student_network()
             for seat in self._experts
@@ -152,7 +152,3 @@ def _fill(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
         )
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
-
-
-def _plain_copy(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).float()

@@ -21,7 +21,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from fewstep.models.adapters import (
     adapter_parameters,
     add_adapter,
     checkpoint_function,
+    cpu_copy,
     merge_adapter,
     shared_copy,
 )
@@ -198,7 +199,7 @@ class Roles:
         return self._student.adapter is not None and not self.steps_aware
 
     def student_network(self) -> nn.Module:
-        """The student as a network of its own, float32, adapters merged: what is exported. A copy, frozen.
+        """The student as a network of its own on the CPU, float32, adapters merged: what is exported. A copy, frozen.
 
         Raises:
             FewstepError: the roles are sharded.
@@ -210,7 +211,7 @@ class Roles:
                 "fix: fewstep.models.sharding.collected(roles), in every process"
             )
         if seat.adapter is None:
-            network = copy.deepcopy(seat.network)
+            network: Any = cpu_copy(seat.network)
             if getattr(network, "is_gradient_checkpointing", False):
                 network.disable_gradient_checkpointing()
         else:
@@ -219,9 +220,10 @@ class Roles:
         return network.requires_grad_(False).eval()
 
     def teacher_copy(self) -> nn.Module:
-        """The teacher's network, steps-aware if the student is, float32, with weights of its own."""
+        """The teacher's network on the CPU, steps-aware if the student is, float32, with weights of its own."""
         assert isinstance(self.backbone, Backbone)
-        return _own_copy(original(self.backbone), self.steps_aware)
+        backbone = original(self.backbone)
+        return cpu_copy(backbone.steps_aware() if self.steps_aware else backbone.network)
 
     def _critic_trained(self) -> dict[str, nn.Parameter]:
         own = {} if self._critic is None else self._critic.parameters()
