@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.process import Process
+from fewstep.core.shards import fill_
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 from fewstep.models.adapters import (
@@ -189,6 +190,11 @@ class Roles:
         return self._student
 
     @property
+    def seats(self) -> list[Seat]:
+        """Where roles sit, some of them on one network."""
+        return [seat for seat in (self._teacher, self._student, self._critic) if seat is not None]
+
+    @property
     def steps_aware(self) -> bool:
         """Whether student and critic read the condition "steps"."""
         return hasattr(self._student.network, "call_embedder")
@@ -205,11 +211,7 @@ class Roles:
             FewstepError: the roles are sharded.
         """
         seat = self._student
-        if self.sharded:
-            raise FewstepError(
-                "found a student that is spread over processes, expected a whole one to copy, "
-                "fix: fewstep.models.sharding.collected(roles), in every process"
-            )
+        self._refuse_sharded()
         if seat.adapter is None:
             network: Any = cpu_copy(seat.network)
             if getattr(network, "is_gradient_checkpointing", False):
@@ -224,6 +226,13 @@ class Roles:
         assert isinstance(self.backbone, Backbone)
         backbone = original(self.backbone)
         return cpu_copy(backbone.steps_aware() if self.steps_aware else backbone.network)
+
+    def _refuse_sharded(self) -> None:
+        if self.sharded:
+            raise FewstepError(
+                "found a student that is spread over processes, expected a whole one to copy, "
+                "fix: fewstep.models.sharding.collected(roles), in every process"
+            )
 
     def _critic_trained(self) -> dict[str, nn.Parameter]:
         own = {} if self._critic is None else self._critic.parameters()
@@ -366,7 +375,6 @@ def _trainable(network: nn.Module) -> nn.Module:
     return network.requires_grad_(True)
 
 
-@torch.no_grad()
 def _load(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], role: str) -> None:
     wrong = sorted(parameters.keys() ^ state.keys()) or sorted(
         name for name, value in parameters.items() if value.shape != state[name].shape
@@ -378,4 +386,4 @@ def _load(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], r
             "discriminator of the checkpoint"
         )
     for name, value in parameters.items():
-        value.copy_(state[name])
+        fill_(value, state[name])
