@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -110,6 +111,8 @@ class Roles:
         self._discriminator = discriminator
         self.sharded: list[nn.Module] = []
         """Networks of which every process holds a part (`fewstep.models.sharding`)."""
+        self.gathered_as: torch.dtype | None = None
+        """Of sharded roles: the dtype in which whole weights are there, if not their own; all calls compute in it."""
         self.skeletons: tuple[nn.Module, nn.Module] = (nn.Module(), nn.Module())
         """Of sharded roles: the student's network and the teacher's as they were, without weights."""
 
@@ -246,7 +249,8 @@ class Roles:
     def _call(self, seat: Seat, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if seat.switch is not None:
             seat.switch.select(seat.adapter)
-        return self.backbone.call(seat.network, x, t, condition)
+        with nullcontext() if self.gathered_as is None else torch.autocast(x.device.type, self.gathered_as):
+            return self.backbone.call(seat.network, x, t, condition)
 
 
 def build_roles(

@@ -56,6 +56,7 @@ def shard(roles: Roles, precision: Literal["fp32", "bf16", "fp16"] = "fp32") -> 
             _seat_apart(roles, backbone)
         roles.skeletons = _skeletons(roles)
         roles.sharded = _networks(roles)
+        roles.gathered_as = torch.bfloat16 if precision == "bf16" else None
     moved: dict[int, nn.Parameter] = {}
     theirs = set() if backbone is None else {id(parameter) for parameter in backbone.network.parameters()}
     for network in _networks(roles):
