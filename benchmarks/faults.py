@@ -148,6 +148,7 @@ class Attempt:
         self.phases: list[str] = []
         """Where it was when it was last heard of, the innermost last."""
         self.reached = 0
+        self.saved = False
 
     def listen(self) -> tuple[Any, ...] | None:
         """The next word, None if the run is over."""
@@ -163,6 +164,7 @@ class Attempt:
             self.phases.append(word[0])
         else:
             self.phases.pop()
+            self.saved = word[2] == "export" and not self.phases
         return word
 
     def kill(self, draw: random.Random) -> dict[str, Any] | None:
@@ -172,7 +174,8 @@ class Attempt:
             process.kill()
         while self.processes[0] in victims and self.listen() is not None:
             pass  # what it had said before it died
-        moment = "/".join(self.phases) or ("iteration" if self.reached else "start")
+        between = "end" if self.saved else "iteration" if self.reached else "start"
+        moment = "/".join(self.phases) or between
         while self.listen() is not None:
             pass  # what it still says if it has survived the other one
         ended = self.codes()
