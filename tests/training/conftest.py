@@ -28,5 +28,5 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chain_pair.alone(folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, sharded_pair.__file__, str(folder)], timeout=600, env=environment)  # tests look at it
+    subprocess.run([*command, sharded_pair.__file__, str(folder)], timeout=1800, env=environment)  # tests look at it
     return folder

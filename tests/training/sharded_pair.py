@@ -234,7 +234,7 @@ def alone(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     said: dict[str, str] = {}
     for name, check in (CHECKS | chain_pair.CHECKS).items():
         try:
