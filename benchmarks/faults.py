@@ -1,18 +1,21 @@
 """Kills a run at random moments, starts it again each time, and compares its end with that of an undisturbed run.
 
-    python benchmarks/faults.py --out runs/faults --kills 100 --roles adapters copies --processes 1 2
+    python benchmarks/faults.py --out runs/faults --kills 110 --roles adapters copies --processes 1 2
 
 A case is a kind of roles and a number of processes (2 talk by gloo). Its run is `fewstep.distill` of a pipeline of
-random weights with everything on: evaluation, samples, checkpoints that hold an exported student, the export at the
-end. The places of the kills are spread over the length of the run; of seven, one each is aimed at the inside of writing
-a checkpoint, of exporting, of evaluating and of starting, the others come at any moment. SIGKILL comes from outside, to
-all processes in any order.
+random weights with everything on: evaluation, checkpoints that hold an exported student, the export at the end. The
+places of the kills are spread over the length of the run, the last tenth of them over the export at its end. Of seven
+kills one each is aimed at the inside of writing a checkpoint, of exporting, of evaluating and of starting, the others
+come at any moment. SIGKILL comes from outside: to all processes in any order, or to one of two, after which the other
+one has to end by itself.
 
 Compared byte for byte: every file of the last checkpoint (student, critic, average, both optimisers, the exported
 student, state and manifest), the student saved at the end, and the log but for its times and memory. Temporary files
-must be gone. Stopped and called again, it goes on with the case it was in; results are in OUT/CASE/result.json.
+must be gone. Stopped and called again, it goes on with the case it was in; results are in OUT/CASE/result.json, and
+where each kill came in OUT/CASE/kills.jsonl.
 
-Processes are forked off one that has imported everything, so a start costs a fraction of a second.
+Processes are forked off this one, which has imported everything and read the teacher: a start costs a fraction of a
+second.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +39,32 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))
 
 PROMPTS = ["a frog", "a red apple on a blue background", "a 3d pizza"]
 AIMS = ("any", "checkpoint", "any", "export", "any", "evaluate", "start")
-IMPORTED = [
-    "torch._dynamo",
-    "diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha",
-    "diffusers.models.autoencoders.autoencoder_tiny",
-    "transformers.models.t5.modeling_t5",
-    "transformers.models.t5.tokenization_t5",
-    "peft.tuners.lora",
-    "fewstep.api",
-    "fewstep.models.pixart",
-]
-"""What a start would spend most of its time on."""
-_PROCESSES = multiprocessing.get_context("forkserver")
+IMPORTED = ("torch._dynamo", "peft.tuners.lora", "fewstep.evaluation.run")
+"""What a start would spend time on, beside what loading the teacher imports."""
+_PROCESSES = multiprocessing.get_context("fork")
 _PATIENCE = 300.0
 """Seconds without a word after which a run hangs."""
 
 
-def teacher(folder: Path) -> None:
-    """A pipeline of random weights."""
+def loaded(folder: Path) -> Any:
+    """A pipeline of random weights, made in `folder` if it is not there, as a teacher."""
     from tiny_pixart import build_pipeline
 
-    unfinished = folder.with_name(f"{folder.name}-unfinished")
-    build_pipeline().save_pretrained(unfinished)
-    unfinished.rename(folder)
+    from fewstep.api import load_teacher
+    from fewstep.commands.common import quiet
+
+    quiet()
+    for name in IMPORTED:
+        import_module(name)
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}-unfinished")
+        build_pipeline().save_pretrained(unfinished)
+        unfinished.rename(folder)
+    return load_teacher(folder)
 
 
 def child(
-    pipeline: Path, out: Path, roles: str, iterations: int, errors: Path, meet: str, size: int, rank: int, say: Any
+    teacher: Any, out: Path, roles: str, iterations: int, errors: Path, meet: str, size: int, rank: int, say: Any
 ) -> None:
     """One process of the run. The first one says (phase, 0) and ("", 0, phase) around phases, ("iteration", n)."""
     with errors.open("a") as file:
@@ -119,7 +122,7 @@ def child(
     hooks = Hooks(evaluate=told("evaluate", evaluate), save=save, log=log)
     try:
         api.distill(
-            pipeline, options, out=out, prompts=PROMPTS, train_options=settings, hooks=hooks, resume=True,
+            teacher, options, out=out, prompts=PROMPTS, train_options=settings, hooks=hooks, resume=True,
             roles=api.RoleOptions(roles=roles, rank=4), text=api.TextOptions(text_encoder="keep"),
         )  # fmt: skip
     finally:
@@ -130,24 +133,22 @@ def child(
 class Attempt:
     """The processes of one start of a run, and what the first of them says."""
 
-    def __init__(self, pipeline: Path, home: Path, name: str, roles: str, iterations: int, size: int) -> None:
-        self._said, say = multiprocessing.Pipe(duplex=False)
+    def __init__(self, teacher: Any, home: Path, name: str, roles: str, iterations: int, size: int) -> None:
         meet = home.absolute() / "meet"  # of this start's processes
         meet.unlink(missing_ok=True)
-        told = (pipeline, home / name, roles, iterations, home / f"{name}.txt", str(meet), size)
-        self.processes = [
-            _PROCESSES.Process(target=child, args=(*told, rank, None if rank else say)) for rank in range(size)
-        ]
-        self._phases: list[str] = []
-        self.reached = 0
-        for process in self.processes:
+        told = (teacher, home / name, roles, iterations, home / f"{name}.txt", str(meet), size)
+        others = [_PROCESSES.Process(target=child, args=(*told, rank, None)) for rank in range(1, size)]
+        for process in others:
             process.start()
+        self._said, say = _PROCESSES.Pipe(duplex=False)  # after the others, who would keep it open
+        first = _PROCESSES.Process(target=child, args=(*told, 0, say))
+        first.start()
         say.close()
-
-    @property
-    def phase(self) -> str:
-        """Where it was when it was last heard of."""
-        return self._phases[-1] if self._phases else "iteration" if self.reached else "start"
+        self.processes = [first, *others]
+        self.phases: list[str] = []
+        """Where it was when it was last heard of, the innermost last."""
+        self.reached = 0
+        self.saved = False
 
     def listen(self) -> tuple[Any, ...] | None:
         """The next word, None if the run is over."""
@@ -160,19 +161,29 @@ class Attempt:
         if word[0] == "iteration":
             self.reached = word[1]
         elif word[0]:
-            self._phases.append(word[0])
+            self.phases.append(word[0])
         else:
-            self._phases.pop()
+            self.phases.pop()
+            self.saved = word[2] == "export" and not self.phases
         return word
 
-    def kill(self, draw: random.Random) -> bool:
-        """SIGKILL to all, in any order, and whether it came before the end; `phase` is then where."""
-        for process in draw.sample(self.processes, len(self.processes)):
+    def kill(self, draw: random.Random) -> dict[str, Any] | None:
+        """SIGKILL to all, in any order, or to one of several; where it came, None if the run was over before."""
+        victims = draw.sample(self.processes, draw.randint(1, len(self.processes)))
+        for process in victims:
             process.kill()
-        codes = self.codes()
+        while self.processes[0] in victims and self.listen() is not None:
+            pass  # what it had said before it died
+        between = "end" if self.saved else "iteration" if self.reached else "start"
+        moment = "/".join(self.phases) or between
         while self.listen() is not None:
-            pass
-        return any(codes)
+            pass  # what it still says if it has survived the other one
+        ended = self.codes()
+        if any(ended) and -signal.SIGKILL not in ended:
+            raise SystemExit(f"a start ended by itself with {ended}, see what it wrote")
+        if not any(ended):
+            return None
+        return {"moment": moment, "reached": self.reached, "killed": len(victims)}
 
     def end(self) -> bool:
         """Waits for the end; whether it was a good one."""
@@ -183,7 +194,10 @@ class Attempt:
     def codes(self) -> list[int | None]:
         for process in self.processes:
             process.join(_PATIENCE)
-        return [process.exitcode for process in self.processes]
+        codes = [process.exitcode for process in self.processes]
+        if None in codes:
+            raise SystemExit(f"a process whose partner was killed did not end in {_PATIENCE:g} s: it hangs")
+        return codes
 
 
 def measured(attempt: Attempt) -> dict[str, float]:
@@ -202,21 +216,28 @@ def measured(attempt: Attempt) -> dict[str, float]:
             spent.setdefault(word[2], []).append(now - begins.pop())
     if any(attempt.codes()):
         raise SystemExit("the undisturbed run failed")
-    return {phase: sum(values) / len(values) for phase, values in spent.items()}
+    means = {phase: sum(values) / len(values) for phase, values in spent.items()}
+    return {**means, "checkpoint": (means["checkpoint"] - means["export"]) / 2}  # before and after its export
 
 
-def kill_at(attempt: Attempt, place: int, aim: str, seconds: dict[str, float], draw: random.Random) -> str:
+def kill_at(
+    attempt: Attempt, place: int | None, aim: str, seconds: dict[str, float], draw: random.Random
+) -> dict[str, Any] | None:
     """Waits for the run to pass iteration `place` and begin the phase `aim`, and kills it a random while later.
 
-    Returns the phase that the kill came in, "over" if the run had ended.
+    Without a place, the phase is the one after all iterations. Returns where it came, None if the run had ended.
     """
     while aim != "start" and (word := attempt.listen()) is not None:
-        if attempt.reached >= place and word[0] == ("iteration" if aim == "any" else aim):
+        if place is None:
+            there = word[0] == aim and len(attempt.phases) == 1
+        elif aim == "checkpoint":  # its own files: what comes before the export, and what comes after
+            there = attempt.phases == ["checkpoint"] and attempt.reached >= place
+        else:
+            there = word[0] == ("iteration" if aim == "any" else aim) and attempt.reached >= place
+        if there and (aim != "checkpoint" or draw.random() < 0.5):
             break
     time.sleep(draw.uniform(0, seconds[aim]))
-    if attempt.kill(draw):
-        return attempt.phase
-    return "over"
+    return attempt.kill(draw)
 
 
 def outcome(out: Path, iterations: int) -> dict[str, bytes]:
@@ -240,15 +261,14 @@ def left_over(out: Path) -> list[str]:
     )
 
 
-def case(args: argparse.Namespace, roles: str, size: int) -> dict[str, Any]:
+def case(args: argparse.Namespace, teacher: Any, roles: str, size: int) -> dict[str, Any]:
     """Undisturbed run, killed run, comparison."""
     home = args.out / f"{roles}-{size}"
     home.mkdir(parents=True, exist_ok=True)
     record = home / "result.json"
     if record.exists():
         return json.loads(record.read_text())
-    run = (args.out / "teacher", home)
-    more = (roles, args.iterations, size)
+    run, more = (teacher, home), (roles, args.iterations, size)
     timed, past = home / "seconds.json", home / "kills.jsonl"
     if not timed.exists():
         shutil.rmtree(home / "undisturbed", ignore_errors=True)
@@ -256,26 +276,26 @@ def case(args: argparse.Namespace, roles: str, size: int) -> dict[str, Any]:
     seconds = json.loads(timed.read_text())
     landed = [json.loads(line) for line in past.read_text().splitlines()] if past.exists() else []
     draw = random.Random(f"{args.seed} {home.name} {len(landed)}")
-    places = random.Random(f"{args.seed} {home.name}").choices(range(args.iterations), k=args.kills)
-    for number, place in enumerate(sorted(places)[len(landed) :], start=len(landed)):
-        aim = AIMS[number % len(AIMS)]
-        attempt = Attempt(*run, "killed", *more)
-        phase = kill_at(attempt, place, aim, seconds, draw)
-        codes = attempt.codes()
-        if any(codes) and -signal.SIGKILL not in codes:
-            raise SystemExit(f"{home.name}: a start failed by itself, see {home / 'killed.txt'}")
-        landed.append({"place": place, "aim": aim, "phase": phase, "reached": attempt.reached})
+    at_end = args.kills // 10
+    somewhere = random.Random(f"{args.seed} {home.name}").choices(range(args.iterations - 4), k=args.kills - at_end)
+    places = [*sorted(somewhere), *[None] * at_end]
+    for number, place in enumerate(places[len(landed) :], start=len(landed)):
+        aim = "export" if place is None else AIMS[number % len(AIMS)]
+        came = kill_at(Attempt(*run, "killed", *more), place, aim, seconds, draw)
+        landed.append({"place": place, "aim": aim, **(came or {"moment": "over"})})
         with past.open("a") as file:
             file.write(json.dumps(landed[-1]) + "\n")
         print(f"{home.name} {number + 1}/{args.kills}: {landed[-1]}", file=sys.stderr, flush=True)
     if not Attempt(*run, "killed", *more).end():
         raise SystemExit(f"{home.name}: the last start failed, see {home / 'killed.txt'}")
     one, other = (outcome(home / name, args.iterations) for name in ("undisturbed", "killed"))
+    moments = Counter(kill["moment"] for kill in landed)
     result = {
         "case": home.name,
         "iterations": args.iterations,
-        "kills": sum(kill["phase"] != "over" for kill in landed),
-        "by phase": dict(sorted(Counter(kill["phase"] for kill in landed).items())),
+        "kills": moments.total() - moments["over"],
+        "of one process alone": sum(kill.get("killed", size) < size for kill in landed),
+        "by moment": dict(sorted(moments.items())),
         "files": len(one),
         "bytes": sum(map(len, one.values())),
         "different": sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name)),
@@ -288,19 +308,15 @@ def case(args: argparse.Namespace, roles: str, size: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=110)
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--roles", nargs="+", default=["adapters", "copies"], choices=["adapters", "copies"])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], choices=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    _PROCESSES.set_forkserver_preload(IMPORTED)
-    if not (args.out / "teacher").exists():
-        maker = _PROCESSES.Process(target=teacher, args=(args.out / "teacher",))
-        maker.start()
-        maker.join()
-    results = [case(args, roles, size) for size in args.processes for roles in args.roles]
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    teacher = loaded(args.out / "teacher")
+    results = [case(args, teacher, roles, size) for size in args.processes for roles in args.roles]
     for result in results:
         print(json.dumps(result))
     if any(result["different"] or result["left over"] for result in results):

@@ -31,7 +31,7 @@ from fewstep.models.backbone import Backbone
 from fewstep.models.pipelines import ENCODE_BATCH, MASK, STATES
 from fewstep.models.text_encoders import encoder_parts, text_encoders
 from fewstep.training.checkpoint import write_text
-from fewstep.training.folder import locked
+from fewstep.training.folder import AGAIN, locked, room
 from fewstep.training.parallel import Group
 from fewstep.training.phases import digest
 from fewstep.training.progress import Progress
@@ -77,6 +77,7 @@ def make_cache(
         return _without_padding({name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
 
     with ExitStack() as stack:
+        stack.enter_context(room(folder, AGAIN))
         if group.leads:
             stack.enter_context(locked(folder))
             _begin(folder, {**identity, "prompts": len(hashes), "shards": count})

@@ -27,6 +27,7 @@ from fewstep.models.lora import is_peft, merge_loras, read_loras, save_loras
 from fewstep.models.quiet import quiet_libraries
 from fewstep.models.schedulers import choose_scheduler
 from fewstep.models.student import ROUTER, read_card
+from fewstep.training.folder import AGAIN, room
 from fewstep.training.log import read_log
 
 Target = Literal["diffusers", "lora", "comfyui", "merged"]
@@ -83,7 +84,8 @@ def export_student(
     metrics = _metrics(folder.parent)
     own["details"] = {**own["details"], **({"metrics": metrics} if metrics else {})}
     card = renamed_teacher(own, base_model)
-    with written_atomically(Path(out or f"{source}-{to}")) as place:
+    home = Path(out or f"{source}-{to}")
+    with room(home, AGAIN), written_atomically(home) as place:
         if to == "lora":
             _to_lora(folder, place, card, dtype)
         elif to == "comfyui":
@@ -99,7 +101,7 @@ def export_student(
                 write_card(place, card)
             else:
                 _to_merged(folder, place, card, backbone, dtype)
-    return Path(out or f"{source}-{to}")
+    return home
 
 
 def require_public_teacher(source: Path, to: str, base_model: str | None) -> None:

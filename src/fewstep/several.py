@@ -12,8 +12,7 @@ Machines that share no disk are given a copy of the first one's router.json, and
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from fewstep.api import (
     MEMORY_ONLY,
     STUDENT_FOLDER,
     RoleOptions,
+    _check_sharding,
     _fingerprint,
     _hooks,
     _own_scenes,
@@ -45,19 +45,21 @@ from fewstep.methods.msd import Stage, msd_stages
 from fewstep.methods.phased import PhasedOptions
 from fewstep.methods.tdm_options import TDMOptions
 from fewstep.methods.tsm import TSMOptions
+from fewstep.models.adapters import shared_copy
 from fewstep.models.backbone import Backbone
 from fewstep.models.expert_networks import refuse_others
 from fewstep.models.experts import build_expert_roles, switch_times
 from fewstep.models.roles import Roles, build_roles
 from fewstep.models.router import Router, part_folder, pooled
 from fewstep.models.schedulers import choose_scheduler
+from fewstep.models.sharding import collected, shard
 from fewstep.models.smaller import build_smaller_roles, smaller_network
 from fewstep.models.student import ROUTER, Student, load_student
 from fewstep.models.teacher import Teacher
 from fewstep.training.folder import refuse_run, room
-from fewstep.training.loop import Hooks, RealData
+from fewstep.training.loop import Hooks, RealData, TrainResult
 from fewstep.training.options import TrainOptions
-from fewstep.training.parallel import process_group
+from fewstep.training.parallel import Group, process_group
 from fewstep.training.phases import State, Turn, train_in_turn
 
 
@@ -83,8 +85,9 @@ def distill_phases(
     options, roles, train_options = options or PhasedOptions(), roles or RoleOptions(), train_options or TrainOptions()
     options.validate()
     train_options.validate()
-    backbone, texts = _begin(teacher, options, prompts)
+    backbone, texts = _begin(teacher, options, prompts, roles, [train_options])
     refuse_others(backbone.network)
+    fresh = _fresh_networks(backbone, roles)
     switches = switch_times(options.time_grid(options.steps), options.ends)
     needs = options.build().needs
     listed = size_list(backbone, sizes, needs, train_options.seed)
@@ -95,8 +98,12 @@ def distill_phases(
         own, folder = replace(options, phase=phase), Path(out) / f"phase-{phase}"
 
         def seats(before: Sequence[State]) -> Roles:
+            fresh()
             more = _role_options(roles, needs, train_options.seed)
-            return build_expert_roles(backbone, roles.roles, switches, before, **more)
+            made = build_expert_roles(backbone, roles.roles, switches, before, **more)
+            if roles.shard:
+                shard(made, train_options.precision)
+            return made
 
         def looks(made: Any) -> Hooks:
             all_hooks = hooks or _hooks(made, own, texts, folder, train_options.evaluate_every > 0)
@@ -108,19 +115,19 @@ def distill_phases(
     configuration = {**_configuration(backbone, roles, texts), **encoding.lossy}
     configuration |= {"sizes": list(sizes)} if sizes else {}
     turns = [turn(phase) for phase in range(1, len(options.phase_calls) + 1)]
-    with process_group(backbone.device) as group, ExitStack() as stack:
+    with process_group(backbone.device) as group:
         if group.leads and not resume:
             refuse_run(Path(out) / turns[0].name)  # rather than after all prompts are encoded
-        stack.enter_context(encoding.ready(group))
-        data = PromptData(backbone.encode, texts, train_options.seed)
-        shape = listed or backbone.latent_shape
-        result, seats = train_in_turn(
-            turns, data, out, noise_shape=shape, real=real, configuration=configuration, resume=resume
-        )
-    if listed is not None:
-        listed.first()
-    with result.ema.applied(), room(Path(out)):
-        return _saved(seats, options, Path(out), {"iterations": result.iteration, **configuration})
+        with encoding.ready(group):
+            data = PromptData(backbone.encode, texts, train_options.seed)
+            shape = listed or backbone.latent_shape
+            result, seats = train_in_turn(
+                turns, data, out, noise_shape=shape, real=real, configuration=configuration, resume=resume
+            )
+        if listed is not None:
+            listed.first()
+        _save(result, seats, options, Path(out), configuration, group)
+    return load_student(Path(out) / STUDENT_FOLDER)
 
 
 def distill_part(
@@ -177,7 +184,12 @@ def distill_part(
     settings = _by_stage(train_options, [stage.name for stage in stages])
     if not isinstance(parts, int) and prompts is None:
         prompts = [prompt for given in parts for prompt in given]
-    backbone, texts = _begin(teacher, dm, prompts)
+    if smaller and roles.shard:
+        raise FewstepError(
+            "found --shard for a student with fewer weights than the teacher, expected one of its shape, as each "
+            "process reads its rows of the teacher's files, fix: leave --shard off, or depth and width at 1"
+        )
+    backbone, texts = _begin(teacher, dm, prompts, roles, list(settings.values()))
     if smaller and backbone.quantised is not None:
         raise FewstepError(
             f"found a base in {backbone.quantised} to cut a smaller student from, expected whole weights, "
@@ -198,17 +210,21 @@ def distill_part(
         real = ScenesOfPart(backbone, first.seed, router, part - 1)
     stages = tuple(replace(stage, options=with_moments(stage.options, Teacher(backbone), own)) for stage in stages)
     shape = {"depth": depth, "width": width} if smaller else {}
+    fresh = _fresh_networks(backbone, roles)
 
     def turn(stage: Stage) -> Turn:
         name, options, needs = stage.name, stage.options, stage.options.build().needs
 
         def seats(before: Sequence[State]) -> Roles:
+            fresh()
             more = _role_options(roles, needs, settings[name].seed)
             if smaller:
                 small = smaller_network(backbone.network, seed=settings[name].seed, **shape)
                 made = build_smaller_roles(backbone, small, **more)
             else:
                 made = build_roles(backbone, roles.roles, **more)
+            if roles.shard:
+                shard(made, settings[name].precision)
             if before:
                 made.load_student_state(before[-1])
             return made
@@ -222,16 +238,16 @@ def distill_part(
     encoding = Encoding.of(backbone, text, out, own, real, own=False)
     configuration = {**_configuration(backbone, roles, own), "part": part, "parts": router.parts, **shape}
     configuration |= encoding.lossy
-    with process_group(backbone.device) as group, ExitStack() as stack:
+    with process_group(backbone.device) as group:
         if group.leads and not resume:
             refuse_run(home / turns[0].name)  # rather than after all prompts are encoded
-        stack.enter_context(encoding.ready(group))
-        data = PromptData(backbone.encode, own, first.seed)
-        result, made = train_in_turn(
-            turns, data, home, noise_shape=backbone.latent_shape, real=real, configuration=configuration, resume=resume
-        )
-    with result.ema.applied(), room(home):
-        return _saved(made, stages[-1].options, home, {"iterations": result.iteration, **configuration})
+        with encoding.ready(group):
+            data, noise = PromptData(backbone.encode, own, first.seed), backbone.latent_shape
+            result, made = train_in_turn(
+                turns, data, home, noise_shape=noise, real=real, configuration=configuration, resume=resume
+            )
+        _save(result, made, stages[-1].options, home, configuration, group)
+    return load_student(home / STUDENT_FOLDER)
 
 
 class ScenesOfPart(RealScenes):
@@ -254,10 +270,16 @@ class ScenesOfPart(RealScenes):
 
 
 def _begin(
-    teacher: Teacher | str | Path, options: Options, prompts: Sequence[str] | str | Path | None
+    teacher: Teacher | str | Path,
+    options: Options,
+    prompts: Sequence[str] | str | Path | None,
+    roles: RoleOptions,
+    train_options: Sequence[TrainOptions],
 ) -> tuple[Backbone, Sequence[str]]:
-    """Backbone and prompts; refuses a student that no pipeline could sample."""
-    backbone = (teacher if isinstance(teacher, Teacher) else load_teacher(teacher)).backbone
+    """Backbone and prompts; refuses a student that no pipeline could sample, and what cannot be sharded."""
+    backbone = (teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)).backbone
+    for settings in train_options:
+        _check_sharding(backbone, roles, settings, makes_pairs=False)
     choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)
     return backbone, _training_prompts(backbone.source, prompts)
 
@@ -287,16 +309,7 @@ def _router(backbone: Backbone, texts: Sequence[str], parts: int | Sequence[Sequ
 
 
 def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]:
-    """Arguments of `build_roles` but the kind.
-
-    Raises:
-        FewstepError: the roles are to be sharded.
-    """
-    if roles.shard:
-        raise FewstepError(
-            "found --shard for a chain of runs (phased, msd), expected one run, fix: leave it off; chains are for "
-            "teachers that fit on one device"
-        )
+    """Arguments of `build_roles` but the kind."""
     features = needs.features if roles.discriminator == "method" else roles.discriminator
     return {
         "rank": roles.rank,
@@ -332,13 +345,26 @@ def _by_stage(
     return train_options
 
 
-def _saved(seats: Any, options: Options, folder: Path, details: dict[str, Any]) -> Student:
-    """The student on disk, loaded."""
-    with process_group(seats.backbone.device) as group:
-        if group.leads:
-            export(seats, options, folder / STUDENT_FOLDER, details)
-        group.wait()  # the others load what the first has written
-    return load_student(folder / STUDENT_FOLDER)
+def _fresh_networks(backbone: Backbone, roles: RoleOptions) -> Callable[[], None]:
+    """What gives `backbone`, before each turn, its network as it is now: spread roles leave it in parts."""
+    network, deferred = backbone.network, backbone.deferred
+
+    def fresh() -> None:
+        if roles.shard:
+            backbone.network, backbone.deferred = shared_copy(network), deferred
+
+    return fresh
+
+
+def _save(
+    result: TrainResult, seats: Any, options: Options, home: Path, configuration: dict[str, Any], group: Group
+) -> None:
+    """The student to `home`/student, by the first process; the others wait for it."""
+    with result.ema.applied(), room(home):
+        student = collected(seats)
+        if group.leads and student is not None:
+            export(student, options, home / STUDENT_FOLDER, {"iterations": result.iteration, **configuration})
+    group.wait()
 
 
 def _leads() -> bool:

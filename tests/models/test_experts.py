@@ -68,7 +68,7 @@ def test_only_the_expert_in_training_has_gradients(backbone: Backbone, batch, ki
     perturb(roles.student_parameters(), 1)
     own = roles.student_parameters()
     mine = {id(p) for p in [*own, *roles.critic_parameters()]}
-    others = [p for seat in roles._experts for p in seat.network.parameters() if id(p) not in mine]
+    others = [p for seat in roles.experts for p in seat.network.parameters() if id(p) not in mine]
 
     output = roles.student(x, torch.full((3,), 0.5), condition)
     other = [roles.student(x, torch.full((3,), time), condition) for time in (1.0, 0.2)]

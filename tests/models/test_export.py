@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,12 +14,15 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tiny_pixart import PROMPTS, assert_latents_close, perturb
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.core import grids
 from fewstep.core.process import Flow
 from fewstep.errors import FewstepError
 from fewstep.models import Backbone, Roles, build_roles, choose_scheduler, load_backbone, load_student, save_student
+from fewstep.models.adapters import cpu_copy
 from fewstep.models.export import written_atomically
+from fewstep.planning.trace import Ledger
 
 SEEDS = [3, 4, 5]
 PLAIN = {"guidance_scale": 1, "output_type": "latent", "use_resolution_binning": False}
@@ -306,6 +310,46 @@ def test_a_failure_leaves_the_old_student(backbone: Backbone, tmp_path: Path, mo
         save_student(folder, roles, [grids.uniform(4)], method="second")
     assert load_student(folder).card["method"] == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
+
+
+class OnGpu(Ledger):
+    """Bytes on the GPU beyond those that were there."""
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "cuda":
+            super()._count(tensor)
+
+
+def on_gpu(networks: list[torch.nn.Module]) -> dict[int, torch.Tensor]:
+    """Puts shapes on a GPU that need not be there in the place of all tensors (within FakeTensorMode)."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in (module for network in networks for module in network.modules()):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device.type == "cpu":
+                    there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    if isinstance(tensor, torch.nn.Parameter):
+                        there = torch.nn.Parameter(there, tensor.requires_grad)
+                    tensors[name] = moved.setdefault(id(tensor), there)
+    return moved
+
+
+@pytest.mark.parametrize("kind", ["adapters", "copies"])
+def test_a_student_is_copied_to_the_cpu_and_not_on_the_gpu(backbone: Backbone, kind: str) -> None:
+    """There, no more than the update of one layer (and its multiple by the scale) is made at a time."""
+    backbone = copy.copy(backbone)
+    backbone.network = copy.deepcopy(backbone.network)
+    roles, encoder = build_roles(backbone, kind, rank=4, alpha=2.0), copy.deepcopy(backbone.pipeline.text_encoder)
+    seats = [roles._teacher, roles.student_seat, roles._critic]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = on_gpu([backbone.network, encoder, *(seat.network for seat in seats)])
+        with OnGpu(there.values()) as gpu:
+            student = roles.student_network()
+            text_encoder = cpu_copy(encoder, torch.bfloat16)
+    largest = max(tensor.nbytes for tensor in student.parameters())
+    assert gpu.most <= (2 * largest if kind == "adapters" else 0)
+    assert {(p.device.type, p.dtype) for p in student.parameters()} == {("cpu", torch.float32)}
+    assert {(p.device.type, p.dtype) for p in text_encoder.parameters()} == {("cpu", torch.bfloat16)}
 
 
 @pytest.mark.parametrize("kind", ["adapters", "copies"])

@@ -1,18 +1,20 @@
 """What two processes check together about sharding, started once for all tests: torchrun sharded_pair.py FOLDER.
 
-FOLDER holds the teachers and what one process has trained (test_sharding.py); the two leave their runs beside it, and
-`checks.json` with what each check said.
+FOLDER holds the teachers and what one process has trained (`alone`, conftest.py); the two leave their runs beside it,
+and `checks-RANK.json` with what each check said. They go on with those of chain_pair.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
+import chain_pair  # noqa: E402
 from tiny_pixart import PROMPTS, perturb  # noqa: E402
 
 from fewstep.api import LiveStudent  # noqa: E402
@@ -40,12 +43,16 @@ RUNS = {"adapters": "tdm", "copies": "sid", "mixed": "dmd2"}
 RATE = 1e-3
 
 
-def made(folder: Path, kind: str, dtype: torch.dtype = torch.float64, defer: bool = False) -> Roles:
+def made(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float64, defer: bool = False, blocks: int = 2, **more: Any
+) -> Roles:
     """Roles that have left the teacher, checkpointed; in float64, so that rounding does not hide or grow."""
     needs = preset(RUNS[kind]).build().needs
     features = needs.features if needs.discriminator else "none"
     backbone = load_backbone(folder / "pixart", dtype=dtype, defer=defer)
-    roles = build_roles(backbone, kind, rank=4, checkpointing=True, discriminator=features)  # type: ignore[arg-type]
+    backbone.network.transformer_blocks = backbone.network.transformer_blocks[:blocks]  # type: ignore[index]
+    told: dict[str, Any] = {"checkpointing": True, "discriminator": features, **more}
+    roles = build_roles(backbone, kind, rank=4, **told)  # type: ignore[arg-type]
     if dtype == torch.float64:
         doubled(roles)
     elif not defer:
@@ -62,12 +69,16 @@ def doubled(roles: Roles) -> Roles:
     return roles
 
 
-def run(folder: Path, out: Path, kind: str, iterations: int = 2, resume: bool = False, spread: bool = True) -> Roles:
+def run(
+    folder: Path, out: Path, kind: str, iterations: int = 2, *, resume: bool = False, spread: bool = True,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Roles:  # fmt: skip
     """A run of `kind`, sharded where there is more than one process, with samples of its student at the end."""
     torch.set_num_threads(1)
-    roles, options = made(folder, kind), preset(RUNS[kind])
+    roles = made(folder, kind, torch.float64 if precision == "fp32" else torch.float32)
+    options = preset(RUNS[kind])
     if spread:
-        shard(roles)
+        shard(roles, precision)
     backbone = roles.backbone
 
     def real(iteration: int, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,7 +91,7 @@ def run(folder: Path, out: Path, kind: str, iterations: int = 2, resume: bool = 
 
     settings = TrainOptions(
         iterations=iterations, batch=8, microbatch=2, log_every=1, tensorboard=False, student_rate=RATE,
-        critic_rate=RATE, warmup=0, student_clip=1e-2, critic_clip=1e-2, checkpoint_every=0,
+        critic_rate=RATE, warmup=0, student_clip=1e-2, critic_clip=1e-2, checkpoint_every=0, precision=precision,
     )  # fmt: skip
     result: TrainResult = train(
         options.build(), roles, PromptData(backbone.encode, PROMPTS, 0), settings, out, Hooks(sample=sample),
@@ -106,6 +117,27 @@ def trains(folder: Path, kind: str) -> None:
 def resumes(folder: Path) -> None:
     """What one process began."""
     run(folder, folder / "one-then-two", "adapters", 3, resume=True)
+
+
+def half_precision(folder: Path) -> None:
+    """Weights are gathered as bfloat16; what each process holds and trains is float32."""
+    roles = run(folder, folder / "two-bf16", "adapters", 1, precision="bf16")
+    assert {p.dtype for p in roles.student_parameters()} == {torch.float32}
+
+
+def compiled(folder: Path) -> None:
+    """Blocks compiled before they are sharded, checkpointed and with adapters, give the gradients of plain ones."""
+    spread, one = made(folder, "adapters", blocks=1, compile_backend="eager"), made(folder, "adapters", blocks=1)
+    shard(spread)
+    x, t = seeded_noise([1, 2], one.backbone.latent_shape).double(), torch.tensor([0.9, 0.4])
+    condition = one.backbone.encode(PROMPTS[:2])
+    programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for roles in (spread, one):
+        roles.student(x, t, condition).square().mean().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > programs
+    for a, b in zip(spread.student_parameters(), one.student_parameters(), strict=True):
+        assert bool(b.grad.any())
+        torch.testing.assert_close(whole(a.grad), b.grad, rtol=0, atol=1e-9 * float(b.grad.abs().max()))
 
 
 def small_base_from_disk(folder: Path) -> None:
@@ -183,6 +215,8 @@ def refusals(folder: Path) -> None:
 CHECKS: dict[str, Callable[[Path], None]] = {
     **{f"trains {kind}": (lambda folder, kind=kind: trains(folder, kind)) for kind in RUNS},
     "resumes": resumes,
+    "half precision": half_precision,
+    "compiled": compiled,
     "small base from disk": small_base_from_disk,
     "experts": experts,
     "kept roots": kept_roots,
@@ -190,11 +224,19 @@ CHECKS: dict[str, Callable[[Path], None]] = {
 }
 
 
+def alone(folder: Path) -> None:
+    """What one process trains for comparison, and what it begins for two."""
+    for kind in RUNS:
+        run(folder, folder / f"one-{kind}", kind, spread=False)
+    run(folder, folder / "one-bf16", "adapters", 1, spread=False, precision="bf16")
+    shutil.copytree(folder / "one-adapters", folder / "one-then-two")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     said: dict[str, str] = {}
-    for name, check in CHECKS.items():
+    for name, check in (CHECKS | chain_pair.CHECKS).items():
         try:
             check(folder)
             said[name] = "well"

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -116,18 +115,31 @@ def test_killed_at_any_time(tmp_path: Path, undisturbed: tuple[dict[str, bytes],
     assert _outcome(tmp_path / "run") == (files, lines)
 
 
-def test_a_process_ends_with_the_signals_code_and_its_folder_is_locked_meanwhile(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, toy.__file__, str(out), "--iterations", "100000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        process.stderr.readline()  # the first logged iteration
-        with pytest.raises(FewstepError, match=f"in use by process {process.pid}"):
-            toy.run(out, resume=True)
-        process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
-        assert process.wait(60) == 143
-    assert "resume with --resume" in said
+def _endless(out: Path, said: Path) -> None:
+    """In a child: a run that only a signal ends; what it says goes to a file."""
+    with said.open("w", buffering=1) as file:
+        sys.stderr = file
+        toy.run(out, iterations=1_000_000)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_process_ends_with_the_signals_code_and_its_folder_is_locked_meanwhile(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out, told = tmp_path / "run", tmp_path / "said"
+    process = _PROCESSES.Process(target=_endless, args=(out, told))
+    process.start()
+    while not (told.exists() and "left" in told.read_text()):  # the first logged iteration
+        assert process.is_alive()
+        time.sleep(0.01)
+    with pytest.raises(FewstepError, match=f"in use by process {process.pid}"):
+        toy.run(out, resume=True)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
     last = max(int(p.name) for p in (out / "checkpoints").iterdir())
     assert json.loads((out / "checkpoints" / f"{last:06d}" / "state.json").read_text())["iteration"] == last
-    assert f"stopped after iteration {last}" in said
+    assert f"stopped after iteration {last}, saved {out / 'checkpoints'}" in told.read_text()
+    assert "; resume with --resume" in told.read_text()
+    assert [record["iteration"] for record in read_log(out / "log.jsonl")] == list(range(2, last + 1, 2))

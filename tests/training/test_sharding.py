@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import sharded_pair as pair
-import tiny_flows
+import torch
 from safetensors.torch import load_file
-from tiny_pixart import build_pipeline
 from torch.testing import assert_close
 
 from fewstep.training.log import read_log
@@ -21,19 +16,9 @@ from fewstep.training.log import read_log
 GROUPS = ("student", "critic", "ema", "student_optimiser", "critic_optimiser")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one process and of two, resumed by the other number."""
-    folder = tmp_path_factory.mktemp("sharding")
-    build_pipeline().save_pretrained(folder / "pixart")
-    tiny_flows.wan("a14b").save_pretrained(folder / "wan")
-    for kind in pair.RUNS:
-        pair.run(folder, folder / f"one-{kind}", kind, spread=False)
-    shutil.copytree(folder / "one-adapters", folder / "one-then-two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", pair.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(folder)], timeout=400, env=environment)  # what it said is looked at below
-    return folder
+@pytest.fixture
+def folder(two_processes: Path) -> Path:
+    return two_processes
 
 
 @pytest.mark.parametrize("check", pair.CHECKS)
@@ -46,6 +31,16 @@ def test_the_two_say(folder: Path, check: str) -> None:
 def test_sharded_training_is_the_same(folder: Path, kind: str) -> None:
     """Losses, norms, gradients (AdamW's first moment, as beta1 is 0), weights, averages, in files alike."""
     compare(folder / f"one-{kind}", folder / f"two-{kind}", 2)
+
+
+def test_half_precision_is_near(folder: Path) -> None:
+    """One process keeps norms and tables in float32."""
+    (one,), (two,) = (read_log(folder / f"{n}-bf16/log.jsonl") for n in ("one", "two"))
+    for name in ("loss/critic", "loss/student", "gradient_norm/critic", "gradient_norm/student"):
+        assert two[name] == pytest.approx(one[name], rel=0.05)
+    assert {value.dtype for value in load_file(folder / "two-bf16/checkpoints/000001/ema.safetensors").values()} == {
+        torch.float32
+    }
 
 
 def test_the_samples_are_the_same_whatever_the_number_of_processes(folder: Path) -> None:

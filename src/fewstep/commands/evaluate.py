@@ -17,6 +17,7 @@ from fewstep.evaluation.scenes import evaluation_captions
 from fewstep.evaluation.study import Result, StudyOptions, Subject, study
 from fewstep.evaluation.table import quality_curve, quality_table
 from fewstep.models.teacher import Teacher
+from fewstep.training.folder import AGAIN, room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,5 +85,6 @@ def write_results(out: Path, args: Evaluate, results: dict[str, Result]) -> None
     """The numbers as JSON, and a picture of them beside it."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     rows = {name: result.record() for name, result in results.items()}
-    replace_file(out, (json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n").encode())
-    replace_file(out.with_suffix(".png"), quality_curve(results))
+    with room(out.parent, AGAIN):
+        replace_file(out, (json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n").encode())
+        replace_file(out.with_suffix(".png"), quality_curve(results))

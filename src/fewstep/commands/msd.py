@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field, make_dataclass
 
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> None:
     args = parse(kind, f"msd {method}", arguments)
     run, part = args.run, args.part
     distill_part(
-        load_teacher(run.teacher, device=choose_device(run.device), **run.base),
+        load_teacher(run.teacher, device=choose_device(run.device), **run.base, defer=args.roles.shard),
         part.part,
         out=run.out,
         parts=part.parts,
@@ -61,8 +62,9 @@ def main(arguments: list[str]) -> None:
         text=args.text,
         resume=run.resume,
     )
-    print(f"student of part {part.part}: {run.out}/part-{part.part}/student", file=sys.stderr)
-    print(f"when all {part.parts} parts are there: fewstep sample {run.out} ...", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"student of part {part.part}: {run.out}/part-{part.part}/student", file=sys.stderr)
+        print(f"when all {part.parts} parts are there: fewstep sample {run.out} ...", file=sys.stderr)
 
 
 _SHARED = {"roles": RoleOptions, "train": TrainOptions, "text": TextOptions}

@@ -25,6 +25,7 @@ from fewstep.evaluation.spaces import load_space
 from fewstep.evaluation.vbench import write_vbench
 from fewstep.models.student import Student
 from fewstep.models.teacher import Teacher
+from fewstep.training.folder import AGAIN, room
 from fewstep.training.parallel import Group, process_group
 
 TEACHER = "teacher"
@@ -146,7 +147,7 @@ def study(
     if teacher is not None and isinstance(teacher.model, Teacher) and (wants_teacher or options.paired):
         usual, usual_scale = teacher.model.steps, teacher.model.guidance_scale
         teachers = teacher.drawn(options.samples, usual, usual_scale)
-    with process_group(device) as group:
+    with room(options.samples, AGAIN), process_group(device) as group:
         for count, drawn in sets.items():
             _complete(drawn, subject, count, guidance_scale, plan, group)
         if teacher is not None and teachers is not None:

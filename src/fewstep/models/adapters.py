@@ -28,6 +28,16 @@ def shared_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
 
 
+def cpu_copy(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy on the CPU, floats in `dtype`; tensor by tensor, so that no device holds a second one of `network`."""
+    tensors: dict[int, Any] = {}
+    for tensor in chain(network.parameters(), network.buffers()):
+        value = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        trained = isinstance(tensor, nn.Parameter)
+        tensors[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if trained else value
+    return copy.deepcopy(network, tensors)
+
+
 class PerAdapter(nn.Module):
     """One copy of a small submodule for each adapter, all trained in full; calls go to the active one."""
 

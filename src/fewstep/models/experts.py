@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fewstep.core.tensors import Condition, index_condition
 from fewstep.errors import FewstepError
-from fewstep.models.adapters import PerAdapter, adapter_parameters, add_adapter
+from fewstep.models.adapters import PerAdapter, adapter_parameters, add_adapter, cpu_copy
 from fewstep.models.backbone import Backbone
 from fewstep.models.loading import original
 from fewstep.models.roles import Kind, Roles, Seat, build_roles
@@ -37,21 +37,35 @@ class ExpertRoles(Roles):
 
     def __init__(self, roles: Roles, earlier: Sequence[Seat], switches: Sequence[float]) -> None:
         super().__init__(roles.backbone, roles._teacher, roles._student, roles._critic, roles._discriminator)
-        later = len(switches) - len(earlier)
-        self._experts = [*earlier, self._student, *[self._teacher] * later]
-        self.switches = tuple(switches)
+        self._earlier, self.switches = list(earlier), tuple(switches)
+
+    @property
+    def experts(self) -> list[Seat]:
+        """All of them, noise first; later ones are the teacher."""
+        later = len(self.switches) - len(self._earlier)
+        return [*self._earlier, self._student, *[self._teacher] * later]
+
+    @property
+    def seats(self) -> list[Seat]:
+        """The earlier experts' as well."""
+        return [*super().seats, *self._earlier]
 
     def student(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """One call of one expert for every sample; a batch of different times is split by expert."""
+        """One call of one expert for every sample; a batch of different times is split by expert.
+
+        Experts that are spread over processes are all called every time, for one row to no purpose where no sample is
+        theirs, since other processes may have samples for them.
+        """
         expert = expert_of(t, self.switches)
-        present = expert.unique().tolist()
+        present = list(range(len(self.experts))) if self.sharded else expert.unique().tolist()
         if len(present) == 1:
-            return self._call(self._experts[present[0]], x, t, condition)
+            return self._call(self.experts[present[0]], x, t, condition)
         rows = [(expert == index).nonzero().flatten() for index in present]
-        parts = [
-            self._call(self._experts[index], x[own], t[own], index_condition(condition, own))
-            for index, own in zip(present, rows, strict=True)
-        ]
+        parts = []
+        for index, own in zip(present, rows, strict=True):
+            called = own if len(own) else own.new_zeros(1)
+            answer = self._call(self.experts[index], x[called], t[called], index_condition(condition, called))
+            parts.append(answer[: len(own)])
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
     @property
@@ -69,14 +83,19 @@ class ExpertRoles(Roles):
         from fewstep.models.expert_networks import switching_network
 
         assert isinstance(self.backbone, Backbone)
-        networks = [
-            _plain_copy(original(self.backbone).network)
+        self._refuse_sharded()
+        switches = self.backbone.process.network_time(torch.tensor(self.switches, dtype=torch.float64))
+        return switching_network(self._networks(), switches.tolist()).requires_grad_(False).eval()
+
+    def _networks(self) -> list[nn.Module]:
+        """A copy of each expert."""
+        assert isinstance(self.backbone, Backbone)
+        return [
+            cpu_copy(original(self.backbone).network)
             if seat is self._teacher
             else Roles(self.backbone, self._teacher, seat, None).student_network()
-            for seat in self._experts
+            for seat in self.experts
         ]
-        switches = self.backbone.process.network_time(torch.tensor(self.switches, dtype=torch.float64))
-        return switching_network(networks, switches.tolist()).requires_grad_(False).eval()
 
 
 def build_expert_roles(
@@ -122,11 +141,15 @@ def expert_of(t: Tensor, switches: Sequence[float]) -> Tensor:
 
 
 def _frozen_seat(student: Seat, name: str, state: Mapping[str, Tensor]) -> Seat:
-    """A seat like the student's, with the weights of `state`."""
+    """A seat like the student's, with the weights of `state`; those of the student may still be on disk."""
     if student.adapter is None:
-        network = copy.deepcopy(student.network).requires_grad_(False)
-        _fill(dict(network.named_parameters()), state)
-        return Seat(network)
+        own = dict(student.network.named_parameters())
+        _refuse_others(own, state)
+        weights = {
+            id(parameter): nn.Parameter(_beside(parameter, state[name]), requires_grad=False)
+            for name, parameter in own.items()
+        }
+        return Seat(copy.deepcopy(student.network, weights))  # type: ignore[arg-type]
     assert student.switch is not None
     network, config = student.network, student.network.peft_config[student.adapter]  # type: ignore[index]
     trained = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
@@ -137,22 +160,24 @@ def _frozen_seat(student: Seat, name: str, state: Mapping[str, Tensor]) -> Seat:
     for key, parameter in network.named_parameters():  # PEFT has changed them, and which adapter computes
         parameter.requires_grad_(key in trained)
     student.switch.select(name)
-    own = adapter_parameters(network, name)
-    _fill(own, {key.replace(f".{student.adapter}.", f".{name}."): value for key, value in state.items()})
+    own, named = adapter_parameters(network, name), f".{student.adapter}."
+    state = {key.replace(named, f".{name}."): value for key, value in state.items()}
+    _refuse_others(own, state)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(state[key])
     return Seat(network, student.switch, name)
 
 
-@torch.no_grad()
-def _fill(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def _refuse_others(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     wrong = sorted(parameters.keys() ^ state.keys())
     if wrong:
         raise FewstepError(
             f"found an expert's state that differs in {len(wrong)} tensors (such as {wrong[0]!r}), expected that of "
             "equal roles, fix: build the roles with the kind, rank and layers that the expert was trained with"
         )
-    for name, parameter in parameters.items():
-        parameter.copy_(state[name])
 
 
-def _plain_copy(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).float()
+def _beside(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value` where `parameter` is, on the CPU if that is nowhere yet."""
+    return value.to("cpu" if parameter.is_meta else parameter.device, parameter.dtype, copy=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import glob
 import json
 import os
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.core import grids as time_grids
 from fewstep.errors import FewstepError
+from fewstep.models.adapters import cpu_copy
 from fewstep.models.backbone import Backbone
 from fewstep.models.card import TEACHER, metadata, model_card, teacher_license
 from fewstep.models.lora import save_loras, student_loras, weights_files
@@ -156,7 +156,7 @@ def save_pipeline(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float3
     """
     with quiet_libraries():
         parts = {
-            name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) and part.dtype != dtype else part
+            name: cpu_copy(part, dtype) if isinstance(part, nn.Module) and part.dtype != dtype else part
             for name, part in pipeline.components.items()
         }
         rebuilt(pipeline, **parts).save_pretrained(folder, safe_serialization=True)

@@ -20,14 +20,16 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.attention import CausalSeat
 from fewstep.core.process import Process
+from fewstep.core.shards import fill_
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 from fewstep.models.adapters import (
@@ -36,6 +38,7 @@ from fewstep.models.adapters import (
     adapter_parameters,
     add_adapter,
     checkpoint_function,
+    cpu_copy,
     merge_adapter,
     shared_copy,
 )
@@ -112,6 +115,8 @@ class Roles:
         self._discriminator = discriminator
         self.sharded: list[nn.Module] = []
         """Networks of which every process holds a part (`fewstep.models.sharding`)."""
+        self.gathered_as: torch.dtype | None = None
+        """Of sharded roles: the dtype in which whole weights are there, if not their own; all calls compute in it."""
         self.skeletons: tuple[nn.Module, nn.Module] = (nn.Module(), nn.Module())
         """Of sharded roles: the student's network and the teacher's as they were, without weights."""
 
@@ -192,6 +197,11 @@ class Roles:
         return self._student
 
     @property
+    def seats(self) -> list[Seat]:
+        """Where roles sit, some of them on one network."""
+        return [seat for seat in (self._teacher, self._student, self._critic) if seat is not None]
+
+    @property
     def steps_aware(self) -> bool:
         """Whether student and critic read the condition "steps"."""
         return hasattr(self._student.network, "call_embedder")
@@ -202,19 +212,15 @@ class Roles:
         return self._student.adapter is not None and not self.steps_aware
 
     def student_network(self) -> nn.Module:
-        """The student as a network of its own, float32, adapters merged: what is exported. A copy, frozen.
+        """The student as a network of its own on the CPU, float32, adapters merged: what is exported. A copy, frozen.
 
         Raises:
             FewstepError: the roles are sharded.
         """
         seat = self._student
-        if self.sharded:
-            raise FewstepError(
-                "found a student that is spread over processes, expected a whole one to copy, "
-                "fix: fewstep.models.sharding.collected(roles), in every process"
-            )
+        self._refuse_sharded()
         if seat.adapter is None:
-            network = copy.deepcopy(seat.network)
+            network: Any = cpu_copy(seat.network)
             if getattr(network, "is_gradient_checkpointing", False):
                 network.disable_gradient_checkpointing()
         else:
@@ -223,9 +229,17 @@ class Roles:
         return network.requires_grad_(False).eval()
 
     def teacher_copy(self) -> nn.Module:
-        """The teacher's network, steps-aware if the student is, float32, with weights of its own."""
+        """The teacher's network on the CPU, steps-aware if the student is, float32, with weights of its own."""
         assert isinstance(self.backbone, Backbone)
-        return _own_copy(original(self.backbone), self.steps_aware)
+        backbone = original(self.backbone)
+        return cpu_copy(backbone.steps_aware() if self.steps_aware else backbone.network)
+
+    def _refuse_sharded(self) -> None:
+        if self.sharded:
+            raise FewstepError(
+                "found a student that is spread over processes, expected a whole one to copy, "
+                "fix: fewstep.models.sharding.collected(roles), in every process"
+            )
 
     def _critic_trained(self) -> dict[str, nn.Parameter]:
         own = {} if self._critic is None else self._critic.parameters()
@@ -239,7 +253,8 @@ class Roles:
     def _call(self, seat: Seat, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if seat.switch is not None:
             seat.switch.select(seat.adapter)
-        return self.backbone.call(seat.network, x, t, condition)
+        with nullcontext() if self.gathered_as is None else torch.autocast(x.device.type, self.gathered_as):
+            return self.backbone.call(seat.network, x, t, condition)
 
 
 def build_roles(
@@ -377,7 +392,6 @@ def _trainable(network: nn.Module) -> nn.Module:
     return network.requires_grad_(True)
 
 
-@torch.no_grad()
 def _load(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], role: str) -> None:
     wrong = sorted(parameters.keys() ^ state.keys()) or sorted(
         name for name, value in parameters.items() if value.shape != state[name].shape
@@ -389,4 +403,4 @@ def _load(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], r
             "discriminator of the checkpoint"
         )
     for name, value in parameters.items():
-        value.copy_(state[name])
+        fill_(value, state[name])

@@ -8,6 +8,7 @@ router.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ class Router:
         return torch.tensor([self._table.get(prompt, near) for prompt, near in zip(prompts, nearest, strict=True)])
 
     def save(self, folder: Path) -> Path:
-        """Write `router.json` into `folder`."""
+        """Write `router.json` into `folder`, whole or not at all."""
         if self._split is not None:
             card: dict[str, Any] = {"kind": "contiguous", **self._split.to_config()}
         else:
@@ -159,7 +160,13 @@ class Router:
             card = {"kind": "given", "table": self._table, "centres": self._centres.tolist()}
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / ROUTER
-        path.write_text(json.dumps({"format": ROUTER_FORMAT, "parts": self.parts, **card}) + "\n", encoding="utf-8")
+        unfinished = folder / f".{ROUTER}.{os.getpid()}"
+        try:
+            text = json.dumps({"format": ROUTER_FORMAT, "parts": self.parts, **card})
+            unfinished.write_text(text + "\n", encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return path
 
     @classmethod

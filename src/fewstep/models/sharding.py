@@ -9,6 +9,7 @@ the adapters alone. docs/scaling.md says why, and what it costs.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -23,6 +24,7 @@ from fewstep.models.backbone import Backbone
 from fewstep.models.blocks import outermost_blocks
 from fewstep.models.deferred import plain_name
 from fewstep.models.discriminator import Heads
+from fewstep.models.experts import ExpertRoles
 from fewstep.models.roles import Caller, Roles, Seat
 from fewstep.models.wan_experts import WanExperts
 
@@ -39,12 +41,12 @@ def shard(roles: Roles, precision: Literal["fp32", "bf16", "fp16"] = "fp32") -> 
         precision: of the arithmetic. With bf16, weights are gathered as bfloat16 and gradients summed in float32.
 
     Raises:
-        FewstepError: roles whose student is several experts.
+        FewstepError: roles whose student is not of the teacher's shape.
     """
-    if type(roles) is not Roles:
+    if type(roles) not in (Roles, ExpertRoles):
         raise FewstepError(
-            f"found {type(roles).__name__} to be spread over processes, expected roles with one student, "
-            "fix: leave --shard off"
+            f"found {type(roles).__name__} to be spread over processes, expected roles whose student has the teacher's "
+            "shape, fix: leave --shard off"
         )
     spread = dist.is_initialized() and dist.get_world_size() > 1
     backbone = roles.backbone if isinstance(roles.backbone, Backbone) else None
@@ -54,6 +56,7 @@ def shard(roles: Roles, precision: Literal["fp32", "bf16", "fp16"] = "fp32") -> 
             _seat_apart(roles, backbone)
         roles.skeletons = _skeletons(roles)
         roles.sharded = _networks(roles)
+        roles.gathered_as = torch.bfloat16 if precision == "bf16" else None
     moved: dict[int, nn.Parameter] = {}
     theirs = set() if backbone is None else {id(parameter) for parameter in backbone.network.parameters()}
     for network in _networks(roles):
@@ -77,24 +80,43 @@ def collected(roles: Roles) -> Roles | None:
     """The student of sharded roles, whole, on the CPU of the first process: for saving; None in the other processes.
 
     All processes call this; they gather one tensor at a time. Roles that are not sharded are returned as they are.
+
+    Raises:
+        FewstepError: experts of which some are still to be trained.
     """
     if not roles.sharded:
         return roles
-    seat, leads = roles.student_seat, dist.get_rank() == 0
-    twin, plain = (copy.deepcopy(skeleton) for skeleton in roles.skeletons)
+    experts = roles.experts if isinstance(roles, ExpertRoles) else [roles.student_seat]
+    if any(seat is roles._teacher for seat in experts):
+        raise FewstepError(
+            "found experts that are still to be trained, expected all of them to collect a student that is spread over "
+            "processes, fix: save it after the last phase"
+        )
     others = {id(parameter) for parameter in roles.critic_parameters()}
-    for name, parameter in seat.network.named_parameters():
+    twins = {network: _gathered(network, roles, others) for network in dict.fromkeys(seat.network for seat in experts)}
+    if dist.get_rank() != 0:
+        return None
+    plain, switch = copy.deepcopy(roles.skeletons[1]), None
+    if experts[0].adapter is not None:  # all are on one network
+        (twin,) = twins.values()
+        switch = Switch(twin)
+        of_base = {plain_name(name): value for name, value in twin.named_parameters() if not value.is_meta}
+        for name, parameter in list(plain.named_parameters()):
+            _put(plain, name, of_base.get(name, torch.empty_like(parameter, device="cpu")))
+    seats = [Seat(twins[s.network] if switch else twins[s.network].to("cpu"), switch, s.adapter) for s in experts]
+    parts = [_Collected(roles.backbone, seat, plain.to("cpu")) for seat in seats]
+    return _CollectedExperts(parts, roles.switches) if isinstance(roles, ExpertRoles) else parts[0]
+
+
+def _gathered(network: nn.Module, roles: Roles, others: set[int]) -> nn.Module:
+    """A network like the student's; in the first process with all weights but the `others`, on the CPU."""
+    twin = copy.deepcopy(roles.skeletons[0])
+    for name, parameter in network.named_parameters():
         if id(parameter) not in others:
             value = whole(parameter)
-            if leads:
+            if dist.get_rank() == 0:
                 _put(twin, name, value.cpu())
-    if not leads:
-        return None
-    of_base = {plain_name(name): value for name, value in twin.named_parameters() if not value.is_meta}
-    for name, parameter in list(plain.named_parameters()):
-        _put(plain, name, of_base.get(name, torch.empty_like(parameter, device="cpu")))
-    switch = None if seat.adapter is None else Switch(twin)
-    return _Collected(roles.backbone, Seat(twin if switch else twin.to("cpu"), switch, seat.adapter), plain.to("cpu"))
+    return twin
 
 
 class _Collected(Roles):
@@ -106,6 +128,17 @@ class _Collected(Roles):
 
     def teacher_copy(self) -> nn.Module:
         return copy.deepcopy(self._plain).float()
+
+
+class _CollectedExperts(ExpertRoles):
+    """Such students as one."""
+
+    def __init__(self, parts: Sequence[_Collected], switches: Sequence[float]) -> None:
+        super().__init__(parts[-1], [part.student_seat for part in parts[:-1]], switches)
+        self._parts = parts
+
+    def _networks(self) -> list[nn.Module]:
+        return [part.student_network() for part in self._parts]
 
 
 def _shard_network(network: nn.Module, blocks: list[nn.Module], device: torch.device, precision: str) -> None:
@@ -139,8 +172,7 @@ def _seat_apart(roles: Roles, backbone: Backbone) -> None:
 
 def _networks(roles: Roles) -> list[nn.Module]:
     """Every network of the roles that has parameters, once."""
-    seats = [seat for seat in (roles._teacher, roles.student_seat, roles._critic) if seat is not None]
-    networks = [seat.network for seat in seats]
+    networks = [seat.network for seat in roles.seats]
     if roles._discriminator is not None:
         networks.append(roles._discriminator.network)
     return [network for network in dict.fromkeys(networks) if any(True for _ in network.parameters())]
@@ -151,7 +183,8 @@ def _skeletons(roles: Roles) -> tuple[nn.Module, nn.Module]:
     seat, backbone = roles.student_seat, roles.backbone
     if seat.adapter is None or not isinstance(backbone, Backbone):
         return _skeleton(seat.network), nn.Module()
-    return _skeleton(seat.network), _skeleton(backbone.steps_aware() if roles.steps_aware else backbone.network)
+    told = hasattr(seat.network, "call_embedder")  # as Roles.steps_aware; experts are, and are not told
+    return _skeleton(seat.network), _skeleton(backbone.steps_aware() if told else backbone.network)
 
 
 def _skeleton(network: nn.Module) -> nn.Module:

@@ -141,7 +141,7 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     return Plan(
         parameters={"frozen": frozen_numbers, **numbers},
         parts=parts,
-        saving=at_rest + sum(others.values()) + average + _copy_bytes(run, frozen_numbers),
+        saving=at_rest + sum(others.values()) + average,  # the student itself, while the average stands in its place
         cache_per_prompt=sum(2 * math.prod(shape) for shape in told.values()),
         forwards=method.forwards(),
         passes=method.forwards() + (3 if run.roles.checkpointing else 2) * graphs,
@@ -248,11 +248,6 @@ def _peak(costs: list[Cost], calls: list[Call]) -> float:
         held += cost.saved if call.graph else 0
     again = [cost.backward - cost.saved for cost, call in zip(costs, calls, strict=True) if call.graph]
     return max(most, held + max(again, default=0))
-
-
-def _copy_bytes(run: Run, numbers: int) -> int:
-    """The float32 network that is written at the end; a quantised base is merged on the CPU."""
-    return 0 if run.base_dtype in PACKAGES else 4 * numbers
 
 
 def _bytes(run: Run) -> int:

@@ -46,19 +46,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def room(folder: Path) -> Iterator[None]:
-    """FewstepError in the place of what a full disk, a quota or a limit on file sizes raises within."""
-    from safetensors import SafetensorError
+RESUME = "then resume (--resume, resume=True): the newest checkpoint is as it was"
+AGAIN = "then run the same again: what is finished is kept"
 
+
+@contextmanager
+def room(folder: Path, then: str = RESUME) -> Iterator[None]:
+    """FewstepError in the place of what a full disk, a quota or a limit on file sizes raises within.
+
+    `then` says what to do when there is space again.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # that of tokenizers is no other
         if not _is_full(error):
             raise
         raise FewstepError(
-            f"found no room left while writing in {folder} ({error}), expected some for its log and checkpoints, "
-            "fix: free some space on its disk, then resume (--resume, resume=True): the newest checkpoint is as it was"
+            f"found no room left while writing in {folder} ({error}), expected some for its files, "
+            f"fix: free some space on its disk, {then}"
         ) from error
 
 
@@ -154,7 +159,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_full(error: BaseException) -> bool:
-    """safetensors tells the number of an error in words only."""
+    """safetensors and tokenizers tell the number of an error in words only."""
     told = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

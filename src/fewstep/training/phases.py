@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.shards import whole
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Method
 from fewstep.training.loop import Data, Hooks, NoiseShape, PairData, RealData, TrainableRoles, TrainResult, train
@@ -55,8 +56,8 @@ def train_in_turn(
     """Trains every turn in `out`/<its name>; the last one's result and roles.
 
     Students are handed on as averaged ones (`TrainOptions.ema_decay`), critics, where they are kept, as they are; both
-    to the bit. Digests of them are part of the configuration of each later turn: if an earlier turn is trained for
-    longer, the later ones refuse to be resumed.
+    to the bit, whole and on the CPU of every process. Digests of them are part of the configuration of each later turn:
+    if an earlier turn is trained for longer, the later ones refuse to be resumed.
 
     Raises:
         FewstepError: as `train` does; two turns of one name, or none.
@@ -93,7 +94,7 @@ def train_in_turn(
 
 
 def _copied(state: Mapping[str, Tensor]) -> State:
-    return {name: value.detach().cpu().clone() for name, value in state.items()}
+    return {name: whole(value).to("cpu", copy=True) for name, value in state.items()}
 
 
 def digest(state: State) -> str:
