@@ -27,7 +27,7 @@ from fewstep.studio.app import build_app
 from fewstep.studio.desk import Desk, Drawing, Steps
 from fewstep.studio.runs import RunsFolder
 
-HERE = ("127.0.0.1", "::1", "localhost")
+HERE = ("127.0.0.1", "::1", "localhost", None)
 
 
 class Painter(Desk):
@@ -59,23 +59,25 @@ class Painter(Desk):
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """serve(desk, runs) -> the address of a live studio; whatever connects to elsewhere fails the test."""
+    """serve(desk, runs) -> the address of a live studio; the test fails if it looks up or connects to others."""
     running: list[tuple[Any, threading.Thread]] = []
     outside: list[Any] = []
     connect, find = socket.socket.connect, socket.getaddrinfo
 
-    def checked(self: socket.socket, address: Any) -> None:
-        if isinstance(address, tuple) and address[0] not in HERE:
-            outside.append(address)
+    def note(host: Any) -> None:
+        if host not in HERE and threading.current_thread() is not threading.main_thread():  # where the client is
+            outside.append(host)
+
+    def connecting(self: socket.socket, address: Any) -> None:
+        note(address[0] if isinstance(address, tuple) else None)
         connect(self, address)
 
-    def found(host: Any, *more: Any, **told: Any) -> Any:
-        if host not in (*HERE, None):
-            outside.append(host)
+    def finding(host: Any, *more: Any, **told: Any) -> Any:
+        note(host)
         return find(host, *more, **told)
 
-    monkeypatch.setattr(socket.socket, "connect", checked)
-    monkeypatch.setattr(socket, "getaddrinfo", found)
+    monkeypatch.setattr(socket.socket, "connect", connecting)
+    monkeypatch.setattr(socket, "getaddrinfo", finding)
 
     def start(desk: Desk, runs: Path) -> str:
         server, bound = make_server(build_app(desk, RunsFolder(runs), 60), grace=1), bind("127.0.0.1", 0)

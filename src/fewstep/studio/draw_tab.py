@@ -71,10 +71,11 @@ class DrawAnswers:
             there = False
         counts, last = list(known.counts), known.counts[-1]
         several = known.aware and len(counts) > 1
+        ends = {"minimum": counts[0], "maximum": max(last, counts[0] + 1)}
         info = f"trained for {', '.join(map(str, counts))}"
         return (
             {"choices": names, "value": name, "visible": name is not None},
-            {"minimum": counts[0], "maximum": max(last, 2), "value": last, "info": info, "visible": there and several},
+            {**ends, "value": last, "info": info, "visible": there and several},
             {"choices": counts, "value": last, "visible": there and not several},
             {"label": f"Beside its teacher ({teacher})", "visible": name is not None},
         )
