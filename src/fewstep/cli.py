@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "memory, time and cost of a run before it is launched, and what to change if it does not fit",
     "sample": "draw pictures with a student or the teacher",
     "serve": "a student behind the OpenAI images API, over HTTP",
+    "studio": "draw with students and watch runs, in a browser",
     "evaluate": "quality against network calls, relative to the teacher, with intervals",
     "export": "a student as a diffusers pipeline, a LoRA for diffusers or ComfyUI, or merged weights",
     "compare": "one page that puts teachers and students side by side",

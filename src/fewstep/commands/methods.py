@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from fewstep.commands.common import parse
-from fewstep.methods import METHODS
+from fewstep.methods import available
 
 
 @dataclass(kw_only=True)
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
 
     parse(Methods, "methods", arguments)
     table = Table("method", "what", "paper", "steps", "needs", "forwards per iteration")
-    for name, make in METHODS.items():
+    for name, make in available().items():
         options = make()
         method = options.build()
         needs = [

@@ -1,11 +1,13 @@
 """Published methods, each a short recipe over the engine. `METHODS` maps a name to the preset that returns its options.
 
 A preset's options are a dataclass of which every field can be replaced; `options.build()` gives the method itself.
+Installed packages add presets of their own as entry points of the group `fewstep.methods` (docs/architecture.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Loss, Method, Needs, Options, Roles
@@ -55,18 +57,48 @@ METHODS: dict[str, Callable[[], Options]] = {
 }
 
 
+ENTRY_POINTS = "fewstep.methods"
+
+
+def available() -> dict[str, Callable[[], Options]]:
+    """All presets by name: ours, and those of installed packages, which cannot take the place of ours.
+
+    Raises:
+        FewstepError: a package names something that is no preset.
+    """
+    others = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    return {name: _loaded(entry) for name, entry in others.items()} | METHODS
+
+
 def preset(name: str) -> Options:
     """The options of the method called `name`.
 
     Raises:
-        FewstepError: there is no such method.
+        FewstepError: there is no such method, or the package that names it is at fault.
     """
-    if name not in METHODS:
-        raise FewstepError(f"found method {name!r}, expected one of {sorted(METHODS)}, fix: see `fewstep methods`")
-    return METHODS[name]()
+    if name in METHODS:
+        return METHODS[name]()
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        return _loaded(entry)()
+    raise FewstepError(f"found method {name!r}, expected one of {sorted(METHODS)}, fix: see `fewstep methods`")
+
+
+def _loaded(entry: EntryPoint) -> Callable[[], Options]:
+    """What an entry point names, after a look at it."""
+    try:
+        make = entry.load()
+        make().build()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise FewstepError(
+            f"found the entry point {entry.name} = {entry.value!r} of the group {ENTRY_POINTS!r} that is no preset "
+            f"({type(error).__name__}: {error}), expected a function without arguments that returns options of a "
+            "method, fix: correct it in the package that names it"
+        ) from error
+    return make
 
 
 __all__ = [
+    "ENTRY_POINTS",
     "METHODS",
     "Batch",
     "CausalInitOptions",
@@ -85,5 +117,6 @@ __all__ = [
     "SiDOptions",
     "TDMOptions",
     "TSMOptions",
+    "available",
     "preset",
 ]
