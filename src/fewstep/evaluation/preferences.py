@@ -152,7 +152,8 @@ def preference_table(votes: Sequence[Vote]) -> None:
 
 
 def percent(share: Estimate) -> str:
-    """A share with its interval, in per cent."""
+    """A share with its interval, in per cent, halves rounded up as in the page."""
     assert share.low is not None
     assert share.high is not None
-    return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+    value, low, high = (math.floor(100 * each + 0.5) for each in (share.value, share.low, share.high))
+    return f"{value} % [{low}, {high}]"

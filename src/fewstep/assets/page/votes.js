@@ -37,7 +37,7 @@ function preferences(votes) {
 }
 
 function preferenceTable(rows, title) {
-  const percent = (value) => (100 * value).toFixed(0);
+  const percent = (value) => Math.round(100 * value);
   const head = [title, "preferred", "won", "equal", "lost", "prompts"].map((text) => make("th", { scope: "col" }, text));
   const body = rows.map((row) => {
     const name = row.b === null ? row.a : `${row.a} against ${row.b}`;
