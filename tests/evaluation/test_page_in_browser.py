@@ -102,6 +102,7 @@ def test_a_picture_is_enlarged_and_keys_go_on(page: Any) -> None:
     page.locator('#grid [data-row="23"][data-column="0"]').click()
     zoom = page.locator("dialog.zoom")
     assert NAMES[0] in zoom.text_content()
+    assert page.locator("dialog.zoom img").bounding_box()["height"] > 250
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
     assert colour(page, "dialog.zoom img") == [80, 96, 255]
