@@ -4,134 +4,27 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from page_examples import Element, candidates, cells, data, decoded, numbers, page, parse, pictures, scripts
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.intervals import Estimate
-from fewstep.evaluation.page import Candidate, write_grid, write_page
-from fewstep.evaluation.page_pictures import Form, choose_form, page_id, webp
+from fewstep.evaluation.page import Candidate
 from fewstep.evaluation.preferences import Vote
 
 HOSTILE = (
     """</script><script>alert(1)</script><img src=x onerror='alert(2)'> "quoted" & 'single' &amp; \u202e</style>"""
 )
-VOID = {"meta", "link", "img", "br", "input"}
-
-
-@dataclass
-class Element:
-    """A node of the parsed page; `text` is everything inside it, entities decoded."""
-
-    tag: str
-    attributes: dict[str, str | None]
-    text: str = ""
-    children: list[Element] = field(default_factory=list)
-
-    def all(self, tag: str, css_class: str | None = None) -> list[Element]:
-        found = [self] if self.tag == tag and css_class in (None, *(self.attributes.get("class") or "").split()) else []
-        return found + [hit for child in self.children for hit in child.all(tag, css_class)]
-
-    def one(self, tag: str, css_class: str | None = None) -> Element:
-        (element,) = self.all(tag, css_class)
-        return element
-
-    def section(self, name: str) -> Element:
-        (found,) = [s for s in self.all("section") if s.attributes.get("id") == name]
-        return found
-
-
-class Tree(HTMLParser):
-    """Builds Elements and insists that every tag is closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.stack = [Element("root", {})]
-        self.feed(html)
-        self.close()
-        assert len(self.stack) == 1, [e.tag for e in self.stack]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = Element(tag, dict(attrs))
-        self.stack[-1].children.append(element)
-        if tag not in VOID:
-            self.stack.append(element)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.stack[-1].children.append(Element(tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.stack.pop().tag == tag
-
-    def handle_data(self, data: str) -> None:
-        for element in self.stack:
-            element.text += data
-
-
-def parse(path: Path) -> Element:
-    return Tree(path.read_text(encoding="utf-8")).stack[0]
-
-
-def pictures(count: int, seed: int, side: int = 16) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, side, side), dtype=np.uint8))
-
-
-def row(**scores: float) -> dict[str, Estimate]:
-    return {name: Estimate(value) for name, value in scores.items()}
-
-
-def candidates(count: int, side: int = 16) -> list[Candidate]:
-    return [
-        Candidate("teacher, 50 steps", pictures(count, 0, side), 100, 2.0, row(frechet=1.25, recall=0.5)),
-        Candidate("student, 4 steps", pictures(count, 1, side), 4, 0.05, row(frechet=2.5, recall=0.75)),
-        Candidate("student, 1 step", pictures(count, 2, side), 1, None),
-    ]
-
-
-def page(path: Path, **changes: Any) -> Path:
-    """A page of two prompts, with every argument replaceable."""
-    prompts = changes.get("prompts", ["a frog", "a red apple"])
-    arguments: dict[str, Any] = {
-        "title": "Title",
-        "subtitle": "Subtitle",
-        "candidates": candidates(len(prompts)),
-        "prompts": prompts,
-        "seeds": list(range(100, 100 + len(prompts))),
-        "runs": {},
-        "histograms": {},
-        "value_labels": {},
-        "settings": {},
-        "notes": [],
-    }
-    return write_page(path / "page.html", **(arguments | changes))
-
-
-def scripts(root: Element, kind: str | None = None) -> list[Element]:
-    return [each for each in root.all("script") if each.attributes.get("type") == kind]
-
-
-def data(root: Element) -> dict[str, Any]:
-    (block,) = scripts(root, "application/json")
-    return json.loads(block.text)
-
-
-def decoded(line: str) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(base64.b64decode(line))).convert("RGB"))
-
-
-def cells(row: Element) -> list[str]:
-    return [cell.text for cell in row.children]
 
 
 @pytest.mark.parametrize("count", [1, 24, 60])
@@ -157,35 +50,6 @@ def test_every_prompt_seed_and_candidate_has_its_place(tmp_path: Path, count: in
 def test_pictures_come_after_all_else(tmp_path: Path) -> None:
     html = page(tmp_path, notes=["the last note"]).read_text()
     assert html.index("the last note") < html.index('id="data"') < html.index("use strict") < html.index('id="block-0"')
-
-
-def test_pictures_are_made_to_fit(tmp_path: Path) -> None:
-    small, large = candidates(3), [Candidate("a", pictures(3, 0, 256), 1, None)]
-    assert choose_form(small, 1) == Form(16, True)
-    assert choose_form(large, 10) == Form(256, False)
-    wanted = sum(len(webp(image, Form(192, False))) for image in large[0].images)
-    tight = choose_form(large, wanted * 4 / 3 / 1e6 * 1.001)
-    assert tight == Form(192, False)
-    assert choose_form(large, 1e-6) == Form(64, False)
-    root = parse(page(tmp_path, prompts=["x"] * 3, candidates=large, megabytes=1e-6))
-    assert "at 64 of 256 pixels" in root.section("notes").text
-    assert decoded(scripts(root, "text/plain")[0].text.split("\n")[2]).shape == (64, 64, 3)
-
-
-def test_a_video_plays(tmp_path: Path) -> None:
-    videos = torch.stack([pictures(5, 0), pictures(5, 1)])
-    root = parse(page(tmp_path, candidates=[Candidate("a", videos, 1, None)]))
-    first = Image.open(io.BytesIO(base64.b64decode(scripts(root, "text/plain")[0].text.split("\n")[0])))
-    assert (first.n_frames, first.size) == (5, (16, 16))
-    write_grid(tmp_path / "grid.png", [Candidate("a", videos, 1, None)], ["x", "y"])
-
-
-def test_votes_belong_to_names_and_settings() -> None:
-    def of(name: str, **settings: Any) -> str:
-        return page_id([Candidate(name, pictures(1, 0), 1, None, settings=settings)])
-
-    assert of("a", steps=4) == page_id([Candidate("a", pictures(2, 1), 9, 0.1, row(x=1.0), {"steps": 4})])
-    assert len({of("a", steps=4), of("b", steps=4), of("a", steps=2)}) == 3
 
 
 def test_nothing_is_loaded_from_outside(tmp_path: Path) -> None:
@@ -256,8 +120,8 @@ def test_a_lone_surrogate_does_not_stop_the_page(tmp_path: Path) -> None:
 def test_figures_are_marked_and_missing_ones_are_dashes(tmp_path: Path) -> None:
     sure = {"frechet/judge": Estimate(1.25, 1.0, 1.5), "evenness/style": Estimate(0.5), "contrast": Estimate(7.0)}
     given = [
-        Candidate("a", pictures(1, 0), 100, 2.0, sure | row(mmd=0.0003)),
-        Candidate("b", pictures(1, 1), 4, 0.05, {**row(contrast=9.0), "frechet/judge": Estimate(31.5, 30.0, 33.0)}),
+        Candidate("a", pictures(1, 0), 100, 2.0, sure | numbers(mmd=0.0003)),
+        Candidate("b", pictures(1, 1), 4, 0.05, {**numbers(contrast=9.0), "frechet/judge": Estimate(31.5, 30.0, 33.0)}),
         Candidate("c", pictures(1, 2), 4, math.nan, {"frechet/judge": Estimate(math.nan)}),
         Candidate("d", pictures(1, 3), 1, None, {"evenness/style": Estimate(0.75)}),
     ]
@@ -406,31 +270,3 @@ def test_a_page_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "page.html").read_bytes() == before
     assert "another" in page(tmp_path, title="another").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
-
-
-@pytest.mark.parametrize(
-    ("side", "cell", "columns", "shown"), [(64, 128, 12, 5), (16, 128, 3, 3), (100, 200, 5, 5), (512, 256, 2, 2)]
-)
-def test_grid_has_each_picture_in_its_place(tmp_path: Path, side: int, cell: int, columns: int, shown: int) -> None:
-    given = candidates(5, side)
-    prompts = ["a frog", "an apple", "a very long prompt " * 20, "", "x" * 300]
-    grid = Image.open(write_grid(tmp_path / "new" / "grid.png", given, prompts, columns)).convert("RGB")
-    right, bottom = grid.width - 24, grid.height - 24
-    left, top = right - shown * cell - (shown - 1) * 8, bottom - 3 * cell - 2 * 8
-    assert left >= 24 + 160
-    for row, candidate in enumerate(given):
-        for column in range(shown):
-            x, y = left + column * (cell + 8), top + row * (cell + 8)
-            found = grid.crop((x, y, x + cell, y + cell))
-            picture = Image.fromarray(candidate.images[column].permute(1, 2, 0).numpy())
-            how = Image.Resampling.NEAREST if cell >= side else Image.Resampling.LANCZOS
-            assert found.tobytes() == picture.resize((cell, cell), how).tobytes(), (row, column)
-        label = grid.crop((0, top + row * (cell + 8), left, top + row * (cell + 8) + cell))
-        assert label.getextrema() != ((255, 255),) * 3
-    assert grid.crop((left, 0, left + cell, top)).getextrema() != ((255, 255),) * 3
-    assert grid.crop((right, 0, grid.width, grid.height)).getextrema() == ((255, 255),) * 3
-
-
-def test_grid_refuses_no_columns(tmp_path: Path) -> None:
-    with pytest.raises(FewstepError, match="found columns = 0"):
-        write_grid(tmp_path / "grid.png", candidates(1), ["a"], 0)
