@@ -111,6 +111,8 @@ def test_sample_and_compare_use_the_student(run: Path, prompts: Path, tmp_path: 
             str(prompts),
             "--out",
             str(tmp_path / "c"),
+            "--samples",
+            str(tmp_path / "samples"),
         ]
     )
     page = (tmp_path / "c" / "compare.html").read_text()

@@ -76,19 +76,22 @@ def guidance(model: Teacher | Student, scale: float | None) -> dict[str, Any]:
 
 
 def load(source: str, device: torch.device, **sides: int) -> Teacher | Student:
-    """A student's folder, or anything `load_teacher` takes, at its pipeline's size unless `sides` tells another.
+    """A student's folder, a checkpoint of a run, or anything `load_teacher` takes.
+
+    A teacher has its pipeline's size unless `sides` tells another.
 
     Raises:
         FewstepError: sides for a student.
     """
     from fewstep.api import load_teacher
+    from fewstep.checkpoints import is_checkpoint, load_checkpoint
     from fewstep.models.export import CARD
 
-    if (Path(source) / CARD).is_file():
+    if (Path(source) / CARD).is_file() or is_checkpoint(Path(source)):
         if sides:
             raise FewstepError(
                 f"found {sides} for a student, expected no size, since it has its teacher's, fix: leave it out"
             )
-        return load_student(source, device=device)
+        return (load_checkpoint if is_checkpoint(Path(source)) else load_student)(Path(source), device=device)
     told: dict[str, Any] = dict(sides)
     return load_teacher(source, device=device, **told)

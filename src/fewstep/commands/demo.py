@@ -18,6 +18,8 @@ from fewstep.api import EMOJI, STUDENT_FOLDER, load_student, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import Entry, compare, default_prompts
+from fewstep.evaluation.scenes import evaluation_captions
+from fewstep.evaluation.study import StudyOptions, Subject
 
 SETTINGS = ("--roles", "copies", "--schedule", "cosine", "--start-time", "0.8")
 """What the table of runs chose for the embedded teacher (docs/findings/embedded-students.md)."""
@@ -49,17 +51,20 @@ def main(arguments: list[str]) -> None:
     _distill(args, processes, device)
     _say("sampling teacher and student, and scoring them")
     teacher, student = load_teacher(EMOJI, device=device), load_student(args.out / STUDENT_FOLDER, device=device)
-    entries = [Entry(f"teacher, {steps} steps", teacher, steps) for steps in (50, 8, 4)]
-    entries += [Entry(f"student, {steps} step{'s' * (steps > 1)}", student, steps) for steps in (1, 2, 8, 4)]
-    prompts = default_prompts(12)
-    page, picture = compare(
+    source = Subject(teacher, teacher.backbone.source)
+    distilled = Subject(student, str(args.out / STUDENT_FOLDER))
+    entries = [Entry(f"teacher, {steps} steps", source, steps) for steps in (50, 8, 4)]
+    entries += [Entry(f"student, {steps} step{'s' * (steps > 1)}", distilled, steps) for steps in (1, 2, 8, 4)]
+    written = compare(
         entries,
-        prompts,
-        list(range(len(prompts))),
+        default_prompts(12),
+        0,
         args.out,
-        score_count=args.scores,
-        log=args.out / "log.jsonl",
-        settings=student.card["details"],
+        scored=evaluation_captions(args.scores),
+        options=StudyOptions(samples=args.out / "pictures"),
+        teacher=source,
+        from_table=True,
+        runs={args.out.name: args.out / "log.jsonl"},
         notes=[
             "Teacher: the embedded miniature of PixArt-alpha, guided (two network calls a step). Student: TDM-unify, "
             "trained without a single image, no guidance at sampling.",
@@ -67,6 +72,8 @@ def main(arguments: list[str]) -> None:
         ],
         command="fewstep demo",
     )
+    assert written is not None  # there is one process
+    page, picture = written
     minutes = (time.monotonic() - start) / 60
     print(f"\ndone in {minutes:.1f} minutes")
     print(f"student  {args.out / STUDENT_FOLDER}\npicture  {picture}\npage     {page}")

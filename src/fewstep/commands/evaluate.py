@@ -11,8 +11,8 @@ from fewstep.api import EMOJI
 from fewstep.commands.common import choose_device, guidance, load, parse
 from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
-from fewstep.evaluation.compare import Entry
 from fewstep.evaluation.pictures import replace_file
+from fewstep.evaluation.run import of_embedded
 from fewstep.evaluation.scenes import evaluation_captions
 from fewstep.evaluation.study import Result, StudyOptions, Subject, study
 from fewstep.evaluation.table import quality_curve, quality_table
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     device = choose_device(args.device)
     model = load(args.student, device)
     guidance(model, args.guidance_scale)
-    embedded = Entry("", model, 1).of_embedded
+    embedded = of_embedded(model)
     if args.prompts is None and not embedded:
         raise FewstepError(
             f"found no prompts for {args.student}, expected some, since only the embedded teacher has captions of its "

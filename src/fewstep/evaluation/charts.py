@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,6 +18,8 @@ from fewstep.training.log import read_log
 
 BUCKETS = 60
 """A curve has at most so many points; each is the mean of the records in its bucket."""
+RUN_COLOURS = 6
+"""So many runs have colours of their own in a chart of several."""
 _GROUPS = ("loss/", "gradient_norm/", "metric/", "evaluate/")
 _MAIN = ("loss/", "gradient_norm/", "evaluate/")
 _MAIN_METRICS = ("real_fake_cosine", "real_fake_gap")
@@ -100,18 +102,23 @@ def _curve(name: str, points: list[tuple[float, float]]) -> Curve:
     return Curve(name, iterations, mean, low, high, points[-1][1], not_finite)
 
 
-def curve_svg(curve: Curve) -> str:
-    """A curve as SVG: a band from lowest to highest value, the mean as line, a dot per point where points are few."""
-    finite = [v for v in (*curve.low, *curve.high) if math.isfinite(v)]
-    label = escape(f"{curve.title} over {number(curve.iterations[-1])} iterations")
+def curve_svg(*curves: Curve, places: Sequence[int] = ()) -> str:
+    """The same number of one or several runs as SVG: bands from lowest to highest value, lines for means.
+
+    A dot per point where points are few. `places` says which run each curve is of, in order unless told: the classes of
+    the second run's marks are "line run-1" and so on; colours repeat after `RUN_COLOURS` runs.
+    """
+    finite = [v for curve in curves for v in (*curve.low, *curve.high) if math.isfinite(v)]
+    first, last = min(c.iterations[0] for c in curves), max(c.iterations[-1] for c in curves)
+    label = escape(f"{curves[0].title} over {number(last)} iterations")
     head = f'<svg class="curve" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
     if not finite:
         return f'{head}<text x="{_WIDTH / 2}" y="{_HEIGHT / 2}" text-anchor="middle">never finite</text></svg>'
-    warp = math.log10 if curve.is_logarithmic else float
+    logarithmic = min(finite) > 0 and any(curve.is_logarithmic for curve in curves)
+    warp = math.log10 if logarithmic else float
     bottom, top = warp(min(finite)), warp(max(finite))
     margin = 0.06 * (top - bottom) or 0.06 * abs(top) or 1.0
     bottom, top = bottom - margin, top + margin
-    first, last = curve.iterations[0], curve.iterations[-1]
 
     def x(iteration: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * ((iteration - first) / (last - first) if last > first else 0.5)
@@ -120,21 +127,35 @@ def curve_svg(curve: Curve) -> str:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (top - warp(value)) / (top - bottom)
 
     parts = [head]
-    for tick in _log_ticks(bottom, top) if curve.is_logarithmic else ticks(bottom, top, 4):
+    for tick in _log_ticks(bottom, top) if logarithmic else ticks(bottom, top, 4):
         parts.append(f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in ticks(first, last, 4) or [first]:
         parts.append(f'<text x="{x(tick):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{number(tick)}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
-    rows = list(zip(curve.iterations, curve.mean, curve.low, curve.high, strict=True))
-    for run in _runs(rows):
-        upper = [f"{x(i):.1f} {y(high):.1f}" for i, _, _, high in run]
-        lower = [f"{x(i):.1f} {y(low):.1f}" for i, _, low, _ in reversed(run)]
-        parts.append(f'<path class="band" d="M{"L".join(upper + lower)}Z"/>')
-        parts.append(f'<path class="line" d="M{"L".join(f"{x(i):.1f} {y(mean):.1f}" for i, mean, _, _ in run)}"/>')
-        if len(rows) <= 12 or len(run) == 1:
-            parts += [f'<circle class="dot" cx="{x(i):.1f}" cy="{y(m):.1f}" r="2.2"/>' for i, m, _, _ in run]
+    for place, curve in zip(places or range(len(curves)), curves, strict=True):
+        parts += _marks(curve, run_class(place), x, y)
     return "".join(parts) + "</svg>"
+
+
+def run_class(place: int) -> str:
+    """What the classes of the n-th run's marks end in; nothing for the first."""
+    return f" run-{place % RUN_COLOURS}" if place % RUN_COLOURS else ""
+
+
+def _marks(curve: Curve, run: str, x: Callable[[float], float], y: Callable[[float], float]) -> list[str]:
+    """Band, line and dots of one run."""
+    parts = []
+    rows = list(zip(curve.iterations, curve.mean, curve.low, curve.high, strict=True))
+    for piece in _runs(rows):
+        upper = [f"{x(i):.1f} {y(high):.1f}" for i, _, _, high in piece]
+        lower = [f"{x(i):.1f} {y(low):.1f}" for i, _, low, _ in reversed(piece)]
+        line = "L".join(f"{x(i):.1f} {y(mean):.1f}" for i, mean, _, _ in piece)
+        parts.append(f'<path class="band{run}" d="M{"L".join(upper + lower)}Z"/>')
+        parts.append(f'<path class="line{run}" d="M{line}"/>')
+        if len(rows) <= 12 or len(piece) == 1:
+            parts += [f'<circle class="dot{run}" cx="{x(i):.1f}" cy="{y(m):.1f}" r="2.2"/>' for i, m, _, _ in piece]
+    return parts
 
 
 def _runs(rows: list[tuple[float, float, float, float]]) -> list[list[tuple[float, float, float, float]]]:

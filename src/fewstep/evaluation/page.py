@@ -1,35 +1,30 @@
-"""The report: one HTML file that puts samplers side by side, with their scores, variety and training curves.
+"""The report: one HTML file that puts samplers side by side, with a slider, a blind test, figures and training curves.
 
 Pure presentation: everything is handed in, nothing is sampled or judged here. The file loads nothing from anywhere; a
 content security policy inside it forbids that even to markup that slipped through, and its one script runs by its hash.
+The pictures come last in the file (`page_pictures.py`), so that everything else is there before them.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.charts import Curve, bars_svg, curve_svg, curves_png, number, read_curves
-from fewstep.evaluation.pictures import Candidate, check_candidates, replace_file, to_pil, write_grid
+from fewstep.evaluation.charts import Curve, bars_svg, curve_svg, curves_png, number, read_curves, run_class
+from fewstep.evaluation.page_pictures import choose_form, data_block, picture_blocks
+from fewstep.evaluation.page_tables import figures, headline, settings_of_each, settings_table, text, voted
+from fewstep.evaluation.pictures import Candidate, check_candidates, replace_file, write_grid
+from fewstep.evaluation.preferences import Vote
 
 __all__ = ["Candidate", "write_curves", "write_grid", "write_page"]
 
-LOWER_IS_BETTER = {"frechet", "fid", "wasserstein", "mmd", "distance", "error"}
-HIGHER_IS_BETTER = {"precision", "recall", "following", "thing", "evenness", "accuracy", "coverage"}
-"""Words by which the name of a score tells its direction; a name with neither is shown without a mark."""
-_SCORE_LABELS = {"frechet": "Fréchet distance", "following": "prompt-following"}
-_HEADLINE_SCORES = ("frechet", "following", "recall")
-_SHOWN_AT_FIRST = 24
-"""So many rows of pictures are open when the page is; a button shows the others."""
-_SCROLLING_TABLE = ".pictures { overflow: auto; max-height: 88vh; max-height: 88svh; }"
-_MISSING = "—"
+_SCRIPTS = ("core.js", "grid.js", "pair.js", "votes.js", "blind.js", "page.js")
+_VIEWS = (("report", "Report"), ("pair", "Slider"), ("blind", "Blind test"))
 
 
 def write_curves(path: Path, log: Path) -> Path:
@@ -45,65 +40,78 @@ def write_page(
     candidates: Sequence[Candidate],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    curves: Path | None,
-    histograms: Mapping[str, Mapping[str, Sequence[float]]] | None,
+    runs: Mapping[str, Path],
+    histograms: Mapping[str, Mapping[str, Sequence[float]]],
     value_labels: Mapping[str, Sequence[str]],
     settings: Mapping[str, object],
     notes: Sequence[str],
+    votes: Sequence[Vote] = (),
     command: str | None = None,
-    headline: tuple[str, str] | None = None,
+    pair: tuple[str, str] | None = None,
+    megabytes: float = 100,
 ) -> Path:
     """Writes the report as one self-contained HTML file and returns its path.
 
     Args:
         candidates: the samplers, in the order of the columns; picture i of each is of prompts[i] and seeds[i].
-        curves: a training run's `log.jsonl`; None leaves the section out.
+        runs: training logs (`log.jsonl`) by the names of their runs; curves of several are drawn over each other.
         histograms: attribute -> candidate name -> share of each value among pictures whose caption leaves it open.
         value_labels: attribute -> name of each value, for every attribute of `histograms`.
-        settings: shown as a folded table; nested mappings are flattened with dots.
+        settings: of the comparison, shown as a folded table; nested mappings are flattened with dots.
         notes: paragraphs of plain text.
+        votes: of the blind test, whose table is shown.
         command: what to type to get this page again.
-        headline: names of the candidates that the figures on top compare, (reference, student); by default the one
+        pair: names of the candidates that the figures on top compare, (reference, student); by default the one
             with most network calls and the last one.
+        megabytes: what the pictures may take; small ones are kept without loss (some 5 KB for one of 64 x 64), larger
+            ones as WebP, scaled down as far as is needed.
 
-    Pictures are embedded without loss (WebP; some 5 KB for one of 64 x 64). The file is whole or not there.
+    The file is whole or not there, and is written piece by piece: one block of pictures is in memory at a time.
     FewstepError for pictures, seeds, labels or names that do not belong together, and for a missing log.
     """
     check_candidates(candidates, prompts)
     if len(seeds) != len(prompts):
         raise FewstepError(f"found {len(seeds)} seeds, expected {len(prompts)}, fix: pass one seed per prompt")
-    reference, student = _pair(candidates, headline)
+    reference, student = _pair(candidates, pair)
+    form = choose_form(candidates, megabytes)
     sections = [
-        _headline(reference, student),
-        _pictures(candidates, prompts, seeds, student),
-        _scores(candidates, student),
+        headline(reference, student),
+        _section("pictures", "Pictures", _asset("grid.html")),
+        _section("scores", "Figures and costs", f"{figures(candidates, student)}{_COSTS}"),
+        _section("preferences", "Preferences", voted(votes)) if votes else "",
         _variety(histograms, value_labels, candidates, student) if histograms else "",
-        _training(read_curves(curves)) if curves is not None else "",
-        _section("notes", "Notes", "".join(f"<p>{_text(note)}</p>" for note in notes)) if notes else "",
-        _reproduce(command, settings),
+        _training({name: read_curves(log) for name, log in runs.items()}),
+        _section("notes", "Notes", "".join(f"<p>{text(note)}</p>" for note in [*notes, form.told(candidates)])),
+        _reproduce(command, settings, candidates),
     ]
-    html = _document(title, subtitle, "\n".join(part for part in sections if part), columns=len(candidates))
-    return replace_file(path, html.encode("utf-8", "replace"))
+    body = "\n".join(part for part in sections if part)
+
+    def pieces() -> Iterator[bytes]:
+        before, after = _document(title, subtitle, body, data_block(candidates, prompts, seeds))
+        yield before.encode("utf-8", "replace")
+        for block in picture_blocks(candidates, form):
+            yield block.encode()
+        yield after.encode()
+
+    return replace_file(path, pieces())
 
 
-def _pair(candidates: Sequence[Candidate], headline: tuple[str, str] | None) -> tuple[Candidate, Candidate]:
-    if headline is None:
+def _pair(candidates: Sequence[Candidate], pair: tuple[str, str] | None) -> tuple[Candidate, Candidate]:
+    if pair is None:
         return max(candidates, key=lambda c: c.calls), candidates[-1]
     by_name = {c.name: c for c in candidates}
-    if unknown := [name for name in headline if name not in by_name]:
-        raise FewstepError(f"found headline {unknown}, expected two of {list(by_name)}, fix: name two candidates")
-    return by_name[headline[0]], by_name[headline[1]]
+    if unknown := [name for name in pair if name not in by_name]:
+        raise FewstepError(f"found pair {unknown}, expected two of {list(by_name)}, fix: name two candidates")
+    return by_name[pair[0]], by_name[pair[1]]
 
 
-def _document(title: str, subtitle: str, body: str, columns: int) -> str:
-    assets = files("fewstep") / "assets" / "page"
-    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    # Below this width the picture table scrolls inside its own frame; above it, the page scrolls under its head row.
-    breakpoint_px = columns * 92 + 240
-    style += f"@media (max-width: {breakpoint_px if breakpoint_px < 1160 else 9999}px) {{ {_SCROLLING_TABLE} }}\n"
+def _document(title: str, subtitle: str, body: str, data: str) -> tuple[str, str]:
+    """What comes before the pictures, and after them."""
+    style, views, script = _asset("page.css"), _asset("views.html"), "".join(_asset(name) for name in _SCRIPTS)
     sha = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{sha}'"
-    return f"""<!doctype html>
+    tabs = "".join(f'<a href="#{view}">{label}</a>' for view, label in _VIEWS)
+    before = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -111,108 +119,35 @@ def _document(title: str, subtitle: str, body: str, columns: int) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
-<title>{_text(title)}</title>
+<title>{text(title)}</title>
 <style>
 {style}</style>
 </head>
 <body>
+<nav class="tabs" aria-label="Views">{tabs}<button id="theme" hidden></button></nav>
 <main>
+<noscript><p>Pictures, slider and blind test need the script inside this file; allow it to run.</p></noscript>
+<div class="view" id="report">
 <header>
-<h1>{_text(title)}</h1>
-<p class="subtitle">{_text(subtitle)}</p>
+<h1>{text(title)}</h1>
+<p class="subtitle">{text(subtitle)}</p>
 </header>
 {body}
-</main>
-<dialog class="zoom" tabindex="-1" aria-label="Picture, enlarged">
-<figure><img alt=""><figcaption><b></b><span></span></figcaption></figure>
-<nav><button data-step="-1" aria-label="Previous">←</button><button data-close>Close</button>\
-<button data-step="1" aria-label="Next">→</button></nav>
-</dialog>
-<script>{script}</script>
-</body>
-</html>
+</div>
+{views}</main>
+{data}<script>{script}</script>
 """
+    return before, "</body>\n</html>\n"
 
 
-def _headline(reference: Candidate, student: Candidate) -> str:
-    if reference is student:
-        tile = _tile(str(student.calls), "network calls per picture", student.name)
-        return f'<section class="headline"><div class="tiles">{tile}</div></section>'
-    detail = f"{student.calls} instead of {reference.calls}"
-    tiles = [_tile(_times(reference.calls, student.calls), "fewer network calls", detail)]
-    if reference.seconds and student.seconds:
-        detail = f"{_seconds(student.seconds)} instead of {_seconds(reference.seconds)} per picture"
-        tiles.append(_tile(_times(reference.seconds, student.seconds), "less time", detail))
-    for name in _HEADLINE_SCORES:
-        ours, theirs = _score(student, name), _score(reference, name)
-        if math.isfinite(ours):
-            digits = _digits([ours, theirs])
-            detail = f"{reference.name}: {_fixed(theirs, digits)}"
-            tiles.append(_tile(_fixed(ours, digits), f"{_label(name)} {_mark(name)}", detail))
-    pair = f"{_text(student.name)} <i>against</i> {_text(reference.name)}"
-    return f'<section class="headline"><p>{pair}</p><div class="tiles">{"".join(tiles)}</div></section>'
+_COSTS = (
+    '<p class="hint">Time: one picture drawn alone, its prompt encoded and the picture decoded, on the machine that '
+    "wrote this page.</p>"
+)
 
 
-def _times(a: float, b: float) -> str:
-    return f"{a / b:.0f}×" if a >= 10 * b else f"{a / b:.2g}×"
-
-
-def _tile(figure: str, what: str, detail: str) -> str:
-    return f"<div><b>{_text(figure)}</b><span>{_text(what)}</span><small>{_text(detail)}</small></div>"
-
-
-def _pictures(candidates: Sequence[Candidate], prompts: Sequence[str], seeds: Sequence[int], student: Candidate) -> str:
-    """Rows are prompts, columns are candidates."""
-    heads = "".join(
-        f'<th scope="col"{_chosen(c, student)}>{_text(c.name)}<small>{_calls(c.calls)}</small></th>' for c in candidates
-    )
-    rows = []
-    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        text = _text(prompt)
-        head = f'<th scope="row"><span dir="auto" title="{text}">{text}</span><small>seed {seed}</small></th>'
-        cells = "".join(f"<td>{_picture(c, i, prompt)}</td>" for c in candidates)
-        late = ' class="late"' if i >= _SHOWN_AT_FIRST else ""
-        rows.append(f"<tr{late}>{head}{cells}</tr>\n")
-    more = f'<button class="more" hidden>Show all {len(prompts)} prompts</button>'
-    return _section(
-        "pictures",
-        "Pictures",
-        '<p class="hint">Each row is one prompt and one seed: every column starts from the same noise. Click a picture '
-        "to enlarge it; the arrow keys then go from sampler to sampler and from prompt to prompt.</p>"
-        f'<div class="pictures" tabindex="0" role="region" aria-label="Pictures" style="--columns: {len(candidates)}">'
-        f'<table><thead><tr><th scope="col">prompt</th>{heads}</tr></thead>\n<tbody>{"".join(rows)}</tbody></table>'
-        f"</div>{more if len(prompts) > _SHOWN_AT_FIRST else ''}",
-    )
-
-
-def _picture(candidate: Candidate, i: int, prompt: str) -> str:
-    target = io.BytesIO()
-    to_pil(candidate.images[i]).save(target, "WEBP", lossless=True, quality=80, method=4)
-    data = base64.b64encode(target.getvalue()).decode()
-    height, width = candidate.images.shape[-2:]
-    alt = _text(f"{candidate.name}: {prompt}")
-    return f'<button><img src="data:image/webp;base64,{data}" width="{width}" height="{height}" alt="{alt}"></button>'
-
-
-def _scores(candidates: Sequence[Candidate], student: Candidate) -> str:
-    names = list(dict.fromkeys(name for c in candidates for name in c.scores or {}))
-    heads = "".join(f'<th scope="col">{_text(_label(name))}&nbsp;{_mark(name)}</th>' for name in names)
-    columns = {name: [_score(c, name) for c in candidates] for name in names}
-    rows = []
-    for i, c in enumerate(candidates):
-        cells = [f"<td>{c.calls}</td><td>{_seconds(c.seconds)}</td>"]
-        for name, values in columns.items():
-            best = ' class="best"' if values[i] == _best(name, values) else ""
-            cells.append(f"<td{best}>{_fixed(values[i], _digits(values))}</td>")
-        rows.append(f'<tr{_chosen(c, student)}><th scope="row">{_text(c.name)}</th>{"".join(cells)}</tr>\n')
-    legend = '<p class="hint">↓ lower is better, ↑ higher is better; the best of each column is bold.</p>'
-    return _section(
-        "scores",
-        "Scores",
-        '<div class="scores" tabindex="0" role="region" aria-label="Scores"><table>'
-        f'<thead><tr><th scope="col">sampler</th><th scope="col">calls</th><th scope="col">per picture</th>{heads}</tr>'
-        f"</thead>\n<tbody>{''.join(rows)}</tbody></table></div>{legend if names else ''}",
-    )
+def _asset(name: str) -> str:
+    return (files("fewstep") / "assets" / "page" / name).read_text(encoding="utf-8")
 
 
 def _variety(
@@ -221,12 +156,12 @@ def _variety(
     candidates: Sequence[Candidate],
     student: Candidate,
 ) -> str:
-    known = {c.name: c for c in candidates}
+    known = {c.name for c in candidates}
     parts = []
     for attribute, by_candidate in histograms.items():
         labels = value_labels.get(attribute, ())
         lengths = {len(shares) for shares in by_candidate.values()}
-        if lengths != {len(labels)} or not set(by_candidate) <= set(known):
+        if lengths != {len(labels)} or not set(by_candidate) <= known:
             raise FewstepError(
                 f"found histograms of {attribute!r} with {sorted(lengths)} values of {sorted(by_candidate)}, expected "
                 f"{len(labels)} labelled values of {sorted(known)}, fix: give each value of the attribute a label"
@@ -234,11 +169,11 @@ def _variety(
         finite = [s for shares in by_candidate.values() for s in shares if math.isfinite(s)]
         largest = max([*finite, 1.5 / len(labels)])
         panels = [
-            f"<figure{_chosen(known[name], student)}><figcaption>{_text(name)}</figcaption>"
+            f"<figure{' class=chosen' if name == student.name else ''}><figcaption>{text(name)}</figcaption>"
             f"{bars_svg(labels, shares, largest)}</figure>"
             for name, shares in by_candidate.items()
         ]
-        parts.append(f'<h3>{_text(attribute)}</h3><div class="panels narrow">{"".join(panels)}</div>')
+        parts.append(f'<h3>{text(attribute)}</h3><div class="panels narrow">{"".join(panels)}</div>')
     hint = (
         "What a prompt leaves open should vary. Share of each value among the pictures whose prompt leaves it open; "
         "the dashed line is the data, where all values are equally frequent."
@@ -246,93 +181,42 @@ def _variety(
     return _section("variety", "Variety", f'<p class="hint">{hint}</p>{"".join(parts)}')
 
 
-def _training(curves: Sequence[Curve]) -> str:
-    if not curves:
+def _training(runs: Mapping[str, Sequence[Curve]]) -> str:
+    by_name: dict[str, list[tuple[int, Curve]]] = {}
+    for place, curves in enumerate(runs.values()):
+        for curve in curves:
+            by_name.setdefault(curve.name, []).append((place, curve))
+    if not by_name:
         return ""
-    main = [_panel(c) for c in curves if c.is_main]
-    other = [_panel(c) for c in curves if not c.is_main]
+    panels = {True: [], False: []}  # type: ignore[var-annotated]
+    for found in by_name.values():
+        panels[found[0][1].is_main].append(_panel(found))
+    swatches = (f'<span><i class="swatch{run_class(i)}"></i>{text(name)}</span>' for i, name in enumerate(runs))
+    legend = f'<p class="legend">{"".join(swatches)}</p>'
     hint = "Over iterations (student updates). The line is a mean, the band the range behind it."
-    folded = f'<details><summary>{len(other)} more</summary><div class="panels">{"".join(other)}</div></details>'
-    body = f'<p class="hint">{hint}</p><div class="panels">{"".join(main)}</div>{folded if other else ""}'
+    other = f'<div class="panels">{"".join(panels[False])}</div>'
+    folded = f"<details><summary>{len(panels[False])} more</summary>{other}</details>" if panels[False] else ""
+    body = f'<p class="hint">{hint}</p>{legend}<div class="panels">{"".join(panels[True])}</div>{folded}'
     return _section("training", "Training", body)
 
 
-def _panel(curve: Curve) -> str:
-    missing = f"{curve.not_finite} not finite" if curve.not_finite else ""
-    hint = "; ".join(part for part in (curve.hint, missing) if part)
-    head = f"{_text(curve.title)} <span>last {number(curve.last)}</span>"
-    return f"<figure><figcaption>{head}</figcaption>{curve_svg(curve)}<small>{_text(hint)}</small></figure>"
+def _panel(found: Sequence[tuple[int, Curve]]) -> str:
+    """One number of all runs that logged it."""
+    curves = [curve for _, curve in found]
+    missing = sum(curve.not_finite for curve in curves)
+    hint = "; ".join(part for part in (curves[0].hint, f"{missing} not finite" if missing else "") if part)
+    head = f"{text(curves[0].title)} <span>last {', '.join(number(curve.last) for curve in curves)}</span>"
+    svg = curve_svg(*curves, places=[place for place, _ in found])
+    return f"<figure><figcaption>{head}</figcaption>{svg}<small>{text(hint)}</small></figure>"
 
 
-def _reproduce(command: str | None, settings: Mapping[str, object]) -> str:
-    parts = []
+def _reproduce(command: str | None, settings: Mapping[str, object], candidates: Sequence[Candidate]) -> str:
+    shown = ""
     if command:
-        parts.append(f'<div class="command"><pre><code>{_text(command)}</code></pre><button hidden>Copy</button></div>')
-    rows = "".join(f'<tr><th scope="row">{_text(k)}</th><td>{_text(str(v))}</td></tr>' for k, v in _flat(settings))
-    if rows:
-        parts.append(f'<details><summary>Settings</summary><div class="settings"><table>{rows}</table></div></details>')
-    return _section("reproduce", "How to reproduce", "".join(parts)) if parts else ""
-
-
-def _flat(settings: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
-    out: list[tuple[str, object]] = []
-    for name, value in settings.items():
-        out += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-    return out
+        shown = f'<div class="command"><pre><code>{text(command)}</code></pre><button hidden>Copy</button></div>'
+    body = f"{shown}{settings_of_each(candidates)}{settings_table(settings)}"
+    return _section("reproduce", "Settings", body) if body else ""
 
 
 def _section(name: str, heading: str, body: str) -> str:
     return f'<section id="{name}"><h2>{heading}</h2>{body}</section>'
-
-
-def _text(text: str) -> str:
-    """Text from outside, made harmless for element content and quoted attributes."""
-    return escape(text, quote=True)
-
-
-def _chosen(candidate: Candidate, student: Candidate) -> str:
-    return ' class="chosen"' if candidate is student else ""
-
-
-def _calls(count: int) -> str:
-    return f"{count} call{'s' * (count != 1)}"
-
-
-def _seconds(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
-        return _MISSING
-    return f"{number(1000 * seconds)} ms" if seconds < 1 else f"{number(seconds)} s"
-
-
-def _score(candidate: Candidate, name: str) -> float:
-    return (candidate.scores or {}).get(name, math.nan)
-
-
-def _label(name: str) -> str:
-    return _SCORE_LABELS.get(name, name.replace("_", " "))
-
-
-def _mark(name: str) -> str:
-    return {-1: "↓", 1: "↑", 0: ""}[_direction(name)]
-
-
-def _direction(name: str) -> int:
-    words = set(name.lower().replace("_", " ").split())
-    return 1 if words & HIGHER_IS_BETTER else -1 if words & LOWER_IS_BETTER else 0
-
-
-def _best(name: str, values: Sequence[float]) -> float:
-    """The best of a column; nan, which equals nothing, where no direction or no rival is known."""
-    finite = [v for v in values if math.isfinite(v)]
-    direction = _direction(name)
-    return direction * max(direction * v for v in finite) if direction and len(finite) > 1 else math.nan
-
-
-def _digits(values: Sequence[float]) -> int:
-    """Decimals of a column of numbers: three digits of the largest, and of the smallest if one more is enough."""
-    sizes = [math.ceil(math.log10(abs(v))) for v in values if v and math.isfinite(v)] or [0]
-    return min(8, max(0, min(4 - max(sizes), 3 - min(sizes))))
-
-
-def _fixed(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else _MISSING

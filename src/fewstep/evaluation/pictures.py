@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.evaluation.intervals import Estimate
 
 _CELL = 128
 """Side, in pixels, that small pictures reach at least in the grid."""
@@ -23,33 +25,50 @@ _LINES = 4
 _INK, _MUTED = "#1c1e21", "#6b7076"
 
 
+class Pictures(Protocol):
+    """Samples that are read one at a time: a tensor of all of them, or `samples.Kept` ones on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        """uint8 (3, H, W), or (F, 3, H, W) of a video."""
+        ...
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One sampler in a comparison, with its pictures; picture i is of prompt i and seed i for every candidate."""
 
     name: str
-    images: Tensor
-    """(N, 3, H, W) uint8."""
+    images: Pictures
     calls: int
     """Network calls per picture; a guided step counts two."""
     seconds: float | None
-    """Wall seconds per picture; None if not measured."""
-    scores: Mapping[str, float] | None
-    """Score by name; None or a missing name or nan: not measured."""
+    """Wall seconds of a picture drawn alone; None if not measured."""
+    scores: Mapping[str, Estimate] = field(default_factory=dict)
+    """Figures by name, with intervals where there are some; a missing name or nan: not measured."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """All that makes it what it is, JSON-able; votes on a page belong to these settings."""
 
 
 def check_candidates(candidates: Sequence[Candidate], prompts: Sequence[str]) -> None:
-    """FewstepError unless there is a candidate, names differ, and each has one uint8 RGB picture per prompt."""
+    """FewstepError unless there is a candidate, names differ, and each has one uint8 RGB sample per prompt."""
     names = [c.name for c in candidates]
     if not names or len(set(names)) < len(names):
         raise FewstepError(f"found candidates {names}, expected at least one and no name twice, fix: rename them")
     for c in candidates:
-        shape = tuple(c.images.shape)
-        if c.images.dtype != torch.uint8 or len(shape) != 4 or shape[:2] != (len(prompts), 3) or 0 in shape:
+        count = len(c.images)
+        told = f"{c.images[0].dtype} {tuple(c.images[0].shape)}" if count else "of no shape"
+        if count != len(prompts) or not count or not _is_sample(c.images[0]):
             raise FewstepError(
-                f"found pictures {c.images.dtype} {shape} of {c.name!r}, expected torch.uint8 "
-                f"({len(prompts)}, 3, H, W), fix: pass one decoded picture per prompt"
+                f"found {count} pictures {told} of {c.name!r}, expected {len(prompts) or 'some'} torch.uint8 (3, H, W) "
+                "or (F, 3, H, W), fix: pass one decoded sample per prompt, and a prompt"
             )
+
+
+def _is_sample(image: Tensor) -> bool:
+    shape = tuple(image.shape)
+    return image.dtype == torch.uint8 and len(shape) in (3, 4) and shape[-3] == 3 and 0 not in shape
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -57,12 +76,17 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def replace_file(path: Path, content: bytes) -> Path:
-    """Writes `path` under a temporary name and renames it, so that nobody ever sees half a file. Makes its folder."""
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> Path:
+    """Writes `path` under a temporary name and renames it, so that nobody ever sees half a file. Makes its folder.
+
+    `content` may come in pieces, which are written as they come.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
     try:
-        unfinished.write_bytes(content)
+        with unfinished.open("wb") as file:
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)  # where the disk was full
@@ -92,14 +116,15 @@ def save_pictures(path: Path, images: Tensor, columns: int = 8) -> Path:
 def write_grid(path: Path, candidates: Sequence[Candidate], prompts: Sequence[str], columns: int = 12) -> Path:
     """One PNG: a row per candidate (name and calls on the left), a column per prompt (its text on top).
 
-    Only the first `columns` prompts are drawn. Small pictures are enlarged by a whole factor, pixel by pixel; pictures
-    above 256 pixels are scaled down. FewstepError for what `check_candidates` refuses and for columns < 1.
+    Only the first `columns` prompts are drawn, and of videos the frame in the middle. Small pictures are enlarged by
+    a whole factor, pixel by pixel; pictures above 256 pixels are scaled down. FewstepError for what `check_candidates`
+    refuses and for columns < 1.
     """
     check_candidates(candidates, prompts)
     if columns < 1:
         raise FewstepError(f"found columns = {columns}, expected at least 1, fix: pass --columns 12")
     prompts = prompts[:columns]
-    width, height = _cell(candidates[0].images)
+    width, height = _cell(candidates[0].images[0])
     strong, plain = ImageFont.load_default(15), ImageFont.load_default(13)
     labels = [(c.name, f"{c.calls} call{'s' * (c.calls != 1)}") for c in candidates]
     left = _MARGIN + min(260, max(160, *(int(strong.getlength(name)) + 16 for name, _ in labels)))
@@ -120,7 +145,8 @@ def write_grid(path: Path, candidates: Sequence[Candidate], prompts: Sequence[st
             draw.text((_MARGIN, start + _LINE * i), line, _INK, strong)
         draw.text((_MARGIN, start + _LINE * len(lines) + 2), calls, _MUTED, plain)
         for column in range(len(prompts)):
-            picture = to_pil(candidates[row].images[column])
+            image = candidates[row].images[column]
+            picture = to_pil(image if image.ndim == 3 else image[len(image) // 2])
             enlarged = width >= picture.width
             how = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
             sheet.paste(picture.resize((width, height), how), (left + column * (width + _GAP), y))
@@ -129,9 +155,9 @@ def write_grid(path: Path, candidates: Sequence[Candidate], prompts: Sequence[st
     return replace_file(path, target.getvalue())
 
 
-def _cell(images: Tensor) -> tuple[int, int]:
+def _cell(image: Tensor) -> tuple[int, int]:
     """Width and height of a picture in the grid."""
-    height, width = images.shape[-2:]
+    height, width = image.shape[-2:]
     longest = max(width, height)
     if longest > _LARGEST:
         return max(1, width * _LARGEST // longest), max(1, height * _LARGEST // longest)

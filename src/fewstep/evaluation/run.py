@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.embedded.build import JUDGE_FILE, REFERENCE_FILE, shipped
+from fewstep.embedded.build import JUDGE_FILE, REFERENCE_FILE, TEACHER_FOLDER, shipped
 from fewstep.embedded.judge import Judge
 from fewstep.errors import FewstepError
 from fewstep.evaluation.scenes import SceneScores, evaluation_captions, judge_features, score_scenes
@@ -34,6 +34,12 @@ class Evaluated:
     """Network calls per image; guided steps count 2."""
     seconds: float
     """Wall time per image on this machine."""
+
+
+def of_embedded(model: Teacher | Student) -> bool:
+    """Whether it is the embedded teacher or a student of it, so that the judge can score it."""
+    source = model.backbone.source if isinstance(model, Teacher) else model.card["teacher"]
+    return Path(source) == shipped(TEACHER_FOLDER)
 
 
 def reference_features() -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from fewstep.data.scenes import Caption
 from fewstep.embedded.build import JUDGE_FILE, shipped
 from fewstep.embedded.judge import Judge
 from fewstep.errors import FewstepError
-from fewstep.evaluation.compare import Entry
 from fewstep.evaluation.intervals import drawn_counts
 from fewstep.evaluation.metrics import K_DENSITY
 from fewstep.evaluation.quality import Cost, Measured, Plan, Reference, Row, measure, measure_cost, quality
-from fewstep.evaluation.run import REFERENCE_SEED, SEEDS_APART, reference_features
+from fewstep.evaluation.run import REFERENCE_SEED, SEEDS_APART, of_embedded, reference_features
 from fewstep.evaluation.samples import SampleSet, fingerprint, read_images
 from fewstep.evaluation.scores import load_score
 from fewstep.evaluation.spaces import load_space
@@ -81,10 +81,15 @@ class Subject:
     model: Teacher | Student
     source: str
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the model's files (`samples.fingerprint`), computed once."""
+        return fingerprint(self.source)
+
     def drawn(self, folder: Path, steps: int, guidance_scale: float | None) -> SampleSet:
         """Its samples with so many steps; guidance is told for teachers."""
         kind = "teacher" if isinstance(self.model, Teacher) else "student"
-        told = {"kind": kind, "fingerprint": fingerprint(self.source), "steps": steps}
+        told = {"kind": kind, "fingerprint": self.fingerprint, "steps": steps}
         return SampleSet(folder, told | {"guidance_scale": guidance_scale, "size": self.model.backbone.size})
 
 
@@ -149,11 +154,11 @@ def study(
         teachers = teacher.drawn(options.samples, usual, usual_scale)
     with room(options.samples, AGAIN), process_group(device) as group:
         for count, drawn in sets.items():
-            _complete(drawn, subject, count, guidance_scale, plan, group)
+            complete(drawn, subject, count, guidance_scale, plan, group)
         if teacher is not None and teachers is not None:
             for each, wanted in ((others, wants_teacher), (plan, options.paired)):
                 if wanted:
-                    _complete(teachers, teacher, usual, usual_scale, each, group)
+                    complete(teachers, teacher, usual, usual_scale, each, group)
     if not group.leads:
         return None
 
@@ -210,7 +215,7 @@ def _check(
                 f"found steps = {count}, expected {'1 or more' if known is None else f'one of {sorted(known)}'}, "
                 "fix: ask for one of these"
             )
-    if "judge" in options.spaces and not Entry("", subject.model, steps[0]).of_embedded:
+    if "judge" in options.spaces and not of_embedded(subject.model):
         raise FewstepError(
             f"found the space judge for {subject.source}, expected one that knows its pictures, since the judge has "
             "only seen the embedded scenes, fix: --spaces dinov2 (or clip, inception=FILE)"
@@ -219,10 +224,10 @@ def _check(
         raise FewstepError(f"found {len(captions)} captions for {len(prompts)} prompts, expected one each, fix: match")
 
 
-def _complete(
+def complete(
     samples: SampleSet, subject: Subject, steps: int, guidance_scale: float | None, plan: Plan, group: Group
 ) -> None:
-    """Draws what is missing, and says how far it is."""
+    """Draws what is missing of a plan, this process's share, and says how far it is."""
     model = subject.model
     more: dict[str, Any] = {"guidance_scale": guidance_scale} if isinstance(model, Teacher) else {}
 

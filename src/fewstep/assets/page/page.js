@@ -1,58 +1,50 @@
-"use strict";
-{
-  const frame = document.querySelector(".pictures");
-  const heads = [...frame.querySelectorAll("thead th")].slice(1);
-  const rows = [...frame.querySelectorAll("tbody tr")];
-  const zoom = document.querySelector("dialog.zoom");
-  const picture = zoom.querySelector("img");
-  let row = 0, column = 0;
+// Views, light and dark, and the copy button.
+const views = [...document.querySelectorAll(".view")];
+const tabs = [...document.querySelectorAll(".tabs a")];
 
-  const button = (r, c) => rows[r].cells[c + 1].querySelector("button");
-
-  function show(r, c) {
-    if (r < 0 || c < 0 || r >= rows.length || c >= heads.length) return;
-    [row, column] = [r, c];
-    const source = button(r, c).firstChild;
-    picture.src = source.src;
-    picture.alt = source.alt;
-    picture.classList.toggle("small", source.naturalWidth <= 128);
-    const [prompt, seed] = rows[r].cells[0].children;
-    zoom.querySelector("b").textContent = `${heads[c].firstChild.textContent}, ${heads[c].lastChild.textContent}`;
-    zoom.querySelector("figcaption span").textContent = `${prompt.textContent} (${seed.textContent})`;
-    if (!zoom.open) { zoom.showModal(); zoom.focus(); }
+function route() {
+  const target = get(location.hash.slice(1)) ?? get("report");
+  const view = target.closest(".view") ?? get("report");
+  for (const each of views) each.hidden = each !== view;
+  for (const tab of tabs) {
+    if (tab.hash.slice(1) === view.id) tab.setAttribute("aria-current", "page");
+    else tab.removeAttribute("aria-current");
   }
-
-  frame.addEventListener("click", (event) => {
-    const cell = event.target.closest("td");
-    if (cell) show(rows.indexOf(cell.parentNode), cell.cellIndex - 1);
-  });
-  zoom.addEventListener("click", (event) => {
-    const step = Number(event.target.dataset.step);
-    if (step) show(row, (column + step + heads.length) % heads.length);
-    else if (event.target === zoom || event.target === picture || "close" in event.target.dataset) zoom.close();
-  });
-  zoom.addEventListener("keydown", (event) => {
-    const [down, right] = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key] ?? [];
-    if (down === undefined) return;
-    event.preventDefault();
-    show(row + down, column + right);
-  });
-  zoom.addEventListener("close", () => button(row, column).focus());
-
-  // Without this script all rows are there from the start.
-  const more = document.querySelector(".more");
-  if (more) {
-    frame.classList.add("folded");
-    more.hidden = false;
-    more.addEventListener("click", () => { frame.classList.remove("folded"); more.remove(); });
-  }
-
-  const copy = document.querySelector(".command button");
-  if (copy && navigator.clipboard) {
-    copy.hidden = false;
-    copy.addEventListener("click", async () => {
-      await navigator.clipboard.writeText(document.querySelector(".command code").textContent);
-      copy.textContent = "Copied";
-    });
-  }
+  if (target === view) scrollTo(0, 0);
+  else target.scrollIntoView();
+  view.dispatchEvent(new Event("shown"));
 }
+
+const THEMES = ["auto", "light", "dark"];
+const theme = get("theme");
+
+function setTheme(name) {
+  if (name === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = name;
+  theme.textContent = { auto: "◐ Auto", light: "☀ Light", dark: "☾ Dark" }[name];
+  theme.setAttribute("aria-label", `Colours: ${name}`);
+  theme.dataset.now = name;
+}
+
+setTheme(THEMES.includes(recall("theme")) ? recall("theme") : "auto");
+theme.hidden = false;
+theme.addEventListener("click", () => {
+  setTheme(THEMES[(THEMES.indexOf(theme.dataset.now) + 1) % THEMES.length]);
+  remember("theme", theme.dataset.now);
+});
+
+const copy = document.querySelector(".command button");
+if (copy && navigator.clipboard) {
+  copy.hidden = false;
+  copy.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(document.querySelector(".command code").textContent);
+    copy.textContent = "Copied";
+  });
+}
+
+if (names.length < 2) for (const tab of tabs.slice(1)) tab.hidden = true;
+drawGrid();
+get("report").addEventListener("shown", fitGrid);
+new ResizeObserver(fitGrid).observe(get("grid"));
+addEventListener("hashchange", route);
+route();
