@@ -31,6 +31,9 @@ class RunOptions:
     prompts: str | None = None
     """PATH or PATH:COLUMN of a text, .jsonl, .csv, .parquet or .tar file, or of a folder of them (docs/prompts.md). The
     embedded teacher has captions of its own."""
+    held_out: str | None = None
+    """Prompts as --prompts, for evaluations: of 16 of them the student's samples are compared with the teacher's. The
+    first ones of --prompts unless told."""
     resume: bool = False
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
@@ -96,6 +99,7 @@ def main(arguments: list[str]) -> None:
         train_options=args.train,
         text=args.text,
         sizes=sizes,
+        held_out=run.held_out,
         resume=run.resume,
     )
     if os.environ.get("RANK", "0") == "0":

@@ -18,8 +18,9 @@ class Log:
 
     Opening it at `iteration` drops every line after that iteration, and a line torn by a kill, so that a resumed run
     has each line exactly once. Keys: loss/, gradient_norm/, rate/, metric/, monitor/, forwards/, evaluate/ are the same
-    in every repetition of a run; time/ and memory/ are not. Alarms are lines of their own (docs/monitors.md). A number that is not finite is written as null, which JSON
-    has. A tracker that fails is warned about and told nothing more; the run and its `log.jsonl` go on.
+    in every repetition of a run; time/ and memory/ are not. Alarms are lines of their own (docs/monitors.md). A number
+    that is not finite is written as null, which JSON has. A tracker that fails is warned about and told nothing more;
+    the run and its `log.jsonl` go on.
     """
 
     def __init__(

@@ -245,7 +245,9 @@ def train(
                 checkpoint.give({"student": state.student_tensors()})
             if decision.step == "roll back":
                 guard.roll_back(decision.to)
-                progress.say(f"rolled back to iteration {decision.to}, with rates {state.student.slowed:g} times as high")
+                progress.say(
+                    f"rolled back to iteration {decision.to}, with rates {state.student.slowed:g} times as high"
+                )
             if decision.step == "stop":
                 raise guard.stopped(alarms, iteration)
             unfinished = decision.step != "finish"
@@ -262,7 +264,9 @@ def train(
                 raise Stopped(code)
         if iteration < options.iterations:
             best = guard.best
-            progress.say(f"ended early, after iteration {iteration}; the best score, {best.score:.4g}, was at {best.iteration}")
+            progress.say(
+                f"ended early, after iteration {iteration}; the best score, {best.score:.4g}, was at {best.iteration}"
+            )
         group.wait()
         return TrainResult(iteration, saved, out / "log.jsonl", state.ema)
 

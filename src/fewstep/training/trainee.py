@@ -64,9 +64,9 @@ class Trainee:
         """One optimiser step on the mean of `losses` over all samples of all micro-batches and processes.
 
         `losses` is consumed one micro-batch at a time, each followed by its backward pass. If the loss or its gradient
-        is not finite there is no step, and FewstepError unless alarms are acted on; in fp16 an overflowing gradient only
-        skips the step and halves the loss scale. Where a loss says where samples are to move (`Loss.pulls`), the metric
-        pull_alignment is the mean cosine between that and minus the gradient that reaches them.
+        is not finite there is no step, and FewstepError unless alarms are acted on; in fp16 an overflowing gradient
+        only skips the step and halves the loss scale. Where a loss says where samples are to move (`Loss.pulls`), the
+        metric pull_alignment is the mean cosine between that and minus the gradient that reaches them.
         """
         self.optimiser.zero_grad()  # of what the other role's sharded backward has left here
         mean = torch.zeros((), device=self._list[0].device)
@@ -77,7 +77,8 @@ class Trainee:
             share = loss.values.sum() / self._options.batch
             cosines: list[Tensor] = []
             for sample, toward in loss.pulls:
-                sample.register_hook(partial(_note_alignment, cosines, toward))
+                if sample.requires_grad:
+                    sample.register_hook(partial(_note_alignment, cosines, toward))
             with self._watch("backward"):
                 if self.sharded:
                     (share * self._group.size).backward()  # FSDP takes the mean over the processes

@@ -50,7 +50,7 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition(
         "not-finite",
         ("finite/student", "finite/critic"),
-        "one such batch is skipped; if they go on, look at the data for NaN, lower the role's rate, or use bf16 or fp32",
+        "one such batch is skipped; if they go on, look for NaN in the data, lower the role's rate, or use bf16 or fp32",
         low=1,
         action="skip",
         flag=True,
@@ -101,7 +101,7 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition(
         "frozen",
         ("moved/student", "moved/critic"),
-        "the weights do not change: a rate of 0, an adapter that is switched off, or bf16 weights whose steps round away",
+        "the weights do not change: a rate of 0, an adapter that is switched off, or steps that bf16 weights round away",
         low=1,
         after=3,
         action="stop",
@@ -110,9 +110,9 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition(
         "critic-lag",
         ("metric/student/critic_lag",),
-        "the critic predicts the student's samples worse than the teacher does: raise critic_updates or critic_rate, or "
-        "lower student_rate",
-        high=1.2,
+        "the critic predicts the student's samples far worse than the teacher does: raise critic_updates or "
+        "critic_rate, or lower student_rate",
+        high=1.5,
         after=20,
     ),
     Condition(
@@ -141,7 +141,7 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition(
         "dead-discriminator",
         ("logit_gap",),
-        "it tells data and samples apart by nothing: see that its heads are trained (discriminator_weight, critic_rate)",
+        "it sees no difference of data and samples: see that its heads are trained (discriminator_weight, critic_rate)",
         low=1e-5,
         after=10,
     ),

@@ -1,7 +1,7 @@
 """What the loop asks after each iteration: is all well, and if not, what now?
 
-The first process alone looks at the numbers, which are the same everywhere but for rounding; what it decides is sent to
-the others, so that all do the same. All it remembers is in the checkpoint, so a resumed run decides as an undisturbed one.
+The first process alone looks at the numbers; what it decides is sent to the others, so that all do the same. All that
+it remembers is in the checkpoint, so that a resumed run decides as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class Decision:
     """The student that was just evaluated is the best so far."""
 
 
+class Alarmed(FewstepError):
+    """An alarm has stopped a run."""
+
+
 class Guard:
     """Watches one run in the folder `out`."""
 
@@ -59,7 +63,7 @@ class Guard:
         self._before: dict[str, Tensor] = {}
 
     def begin(self, iteration: int, told: Mapping[str, Any]) -> bool:
-        """Goes on from the checkpoint of `iteration`, whose memory is `told`; whether there is still something to do."""
+        """Goes on from the checkpoint of `iteration`, whose memory is `told`; whether there is more to do."""
         if told:
             self._watch.load(told["watch"])
             self._best.load(told["best"])
@@ -114,14 +118,14 @@ class Guard:
         self._watch.forget()
         self._remember()
 
-    def stopped(self, alarms: Sequence[Alarm], iteration: int) -> FewstepError:
+    def stopped(self, alarms: Sequence[Alarm], iteration: int) -> Alarmed:
         """The error that ends a run."""
         last = next((alarm for alarm in alarms if alarm.action in ("stop", "roll back")), None)
         told = last.text() if last else f"an alarm at iteration {iteration}, see the first process"
         if last and last.action == "roll back":
             told += f" ({self._roll_backs} roll-backs did not help, or there is no checkpoint from before)"
         kept = f", and the best student is in {self._out / FOLDER}" if self._best.iteration else ""
-        return FewstepError(
+        return Alarmed(
             f"{told}; the run has stopped, its checkpoints are in {self._out / 'checkpoints'}{kept}. "
             "--on-alarm warn goes on whatever happens"
         )
