@@ -191,21 +191,19 @@ def agreement_metrics(denoised: Tensor, real: Tensor, fake: Tensor) -> dict[str,
       means that the student leaves the teacher's law or that the critic lags.
     - real_fake_gap: rms of real - fake over rms of real - denoised. Falls towards 0 as the laws meet.
     - direction: mean |real - fake|, in units of the data.
-    - critic_lag: rms of fake - denoised over rms of real - denoised. A critic that knows the student's law predicts its
-      samples better than the teacher does, and stays below 1.
+    - critic_lag: rms of fake - denoised over rms of real - denoised, a geometric mean over the samples. A critic that
+      knows the student's law predicts its samples better than the teacher does, and stays about or below 1.
 
     With them those of `contrast_metrics`.
     """
     real, fake, denoised = (part.detach().float().flatten(1) for part in (real, fake, denoised))
     cosine = torch.cosine_similarity(real - denoised, fake - denoised, dim=1)
-    off = (real - denoised).square().mean().sqrt().clamp(min=1e-12)
-    gap = (real - fake).square().mean().sqrt() / off
-    lag = (fake - denoised).square().mean().sqrt() / off
+    gap = (real - fake).square().mean().sqrt() / (real - denoised).square().mean().sqrt().clamp(min=1e-12)
     return {
         "real_fake_cosine": cosine.mean(),
         "real_fake_gap": gap,
         "direction": (real - fake).abs().mean(),
-        "critic_lag": lag,
+        "critic_lag": _mean_ratio(fake - denoised, real - denoised),
         **contrast_metrics(denoised, real, fake),
     }
 
@@ -216,18 +214,27 @@ def contrast_metrics(denoised: Tensor, real: Tensor, fake: Tensor) -> dict[str, 
     Teacher and critic each answer with the mean of their law there, so that their answers can be compared at any noise
     level, where the student's own sample, which is no mean, cannot.
 
-    - contrast: standard deviation of `fake` over that of `real`, over all elements. Above 1: saturation; below: blur.
-    - mean_shift: mean of `fake` less that of `real`, in standard deviations of `real`.
+    - contrast: rms of `fake` over that of `real`, a geometric mean over the samples, as single ones are far off near
+      pure noise. Above 1: saturation; below: blur.
+    - mean_shift: mean of `fake` less that of `real`, in rms of `real`.
     - clipped: share of elements of `denoised` beyond the largest of the teacher's answer to the same sample.
     """
     real, fake, denoised = (part.detach().float().flatten(1) for part in (real, fake, denoised))
-    spread = real.std().clamp(min=1e-12)
     bound = real.abs().amax(1, keepdim=True)
     return {
-        "contrast": fake.std() / spread,
-        "mean_shift": (fake.mean() - real.mean()) / spread,
+        "contrast": _mean_ratio(fake, real),
+        "mean_shift": ((fake - real).mean(1) / _rms(real)).mean(),
         "clipped": (denoised.abs() > bound).float().mean(),
     }
+
+
+def _mean_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Geometric mean over the samples of rms(a) / rms(b); both (B, d)."""
+    return (_rms(a) / _rms(b)).log().mean().exp()
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean(1).sqrt().clamp(min=1e-12)
 
 
 def guidance_metrics(told: Tensor, untold: Tensor) -> dict[str, Tensor]:

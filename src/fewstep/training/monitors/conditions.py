@@ -50,7 +50,7 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition(
         "not-finite",
         ("finite/student", "finite/critic"),
-        "one such batch is skipped; if they go on, look for NaN in the data, lower the role's rate, or use bf16 or fp32",
+        "one such batch is skipped; if more come, look for NaN in the data, lower the role's rate, or use bf16",
         low=1,
         action="skip",
         flag=True,
@@ -76,7 +76,7 @@ CONDITIONS: tuple[Condition, ...] = (
         ("loss/critic", "metric/student/denoised_std"),
         f"{LOWER_RATES} (to a tenth, to see whether that is it), or lengthen the warm-up",
         high=10,
-        after=3,
+        after=2,
         action="roll back",
         settles=3,
     ),
@@ -101,7 +101,7 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition(
         "frozen",
         ("moved/student", "moved/critic"),
-        "the weights do not change: a rate of 0, an adapter that is switched off, or steps that bf16 weights round away",
+        "the weights do not change: a rate of 0, an adapter switched off, or steps that bf16 weights round away",
         low=1,
         after=3,
         action="stop",
@@ -135,6 +135,15 @@ CONDITIONS: tuple[Condition, ...] = (
         ("metric/student/clipped",),
         "many values of the student's samples are beyond all of the teacher's: lower guidance_scale, or begin the path "
         "at an earlier time (start_time 0.8 to 0.9)",
+        high=0.4,
+        after=20,
+    ),
+    Condition(
+        "colour-shift",
+        ("metric/student/mean_shift",),
+        "the student's samples are brighter or darker than the teacher's, or tinted: lower guidance_scale or both "
+        "rates; for flashes in a video look at the autoencoder's precision first",
+        low=-0.5,
         high=0.5,
         after=20,
     ),

@@ -11,7 +11,7 @@ from fewstep.training.monitors.conditions import CONDITIONS, Action, Condition
 
 _DECAY = 0.97  # of the running level, a geometric mean
 _LEAP = math.log(2)  # by no more does one observation lift the level, so that an explosion does not become usual
-_QUIET = 100  # iterations for which a condition, once told, is not told again
+_QUIET = 100  # iterations for which a condition, once told, is not told again; what is skipped is told each time
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Watch:
         self.since.setdefault(key, iteration)
         if self.streaks[key] < condition.after or iteration < self.quiet.get(key, 0):
             return False
-        self.quiet[key] = iteration + _QUIET
+        self.quiet[key] = iteration + (0 if condition.action == "skip" else _QUIET)
         return True
 
     def _alarm(self, condition: Condition, name: str, value: float, iteration: int) -> Alarm:
