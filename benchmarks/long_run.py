@@ -1,79 +1,80 @@
 """Does a long run keep its memory, its open files and its folder as they are?
 
-    python benchmarks/long_run.py --out DIR --iterations 3000                 # the embedded teacher; `--resume` goes on
-    python benchmarks/long_run.py --out DIR --iterations 60 --batch 2 --every 10   # a short one
+    python benchmarks/long_run.py --out DIR --iterations 3000                      # the embedded teacher
+    python benchmarks/long_run.py --out DIR --iterations 60 --batch 2 --every 5    # a short one
 
-Distils the embedded teacher by TDM with logs, samples, evaluations and checkpoints, and notes every `--every` iterations
-the resident memory, the open file handles, and the size of everything in the run's folder. At the end it prints
-slopes by least squares over the second half, where caches and the allocator have settled, and fails if memory grows by
-more than `--most` MiB per 1,000 iterations, if handles grow at all, or if the folder grows by more than its log.
+Starts `fewstep distill tdm` with logs, sample grids, checkpoints and, with `--evaluate-every`, evaluations, and looks
+at it from outside every `--every` iterations: resident memory, open file handles, and what lies in its folder. At the
+end it prints slopes by least squares over the second half of the run, where caches and the allocator have settled. It
+fails if memory grows by more than `--most` MiB per 1,000 iterations, or handles or checkpoints grow at all; the log and
+the grids grow by a line and a picture each time they are written, and no faster.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+import time
 from pathlib import Path
 
 import torch
 
-from fewstep.api import RoleOptions, distill, load_teacher
-from fewstep.commands.common import choose_device, quiet
-from fewstep.methods import preset
-from fewstep.training.loop import Hooks
-from fewstep.training.options import TrainOptions
-
 PAGE = os.sysconf("SC_PAGE_SIZE")
-NOTES = "usage.jsonl"
+NAMES = ("resident MiB", "handles", "checkpoints MiB", "log MiB", "samples MiB")
 
 
-def usage(folder: Path) -> dict[str, float]:
-    """Resident MiB, open handles, MiB of checkpoints and the like, MiB of logs, files."""
-    gc.collect()
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != NOTES]
-    logs = sum(path.stat().st_size for path in files if "log.jsonl" in path.name or "tensorboard" in path.parts)
-    rest = sum(path.stat().st_size for path in files) - logs
-    handles = len(os.listdir("/proc/self/fd"))
-    return {"resident": resident, "handles": handles, "folder": rest / 2**20, "logs": logs / 2**20, "files": len(files)}
+def usage(process: int, run: Path) -> dict[str, float]:
+    """What a process and its run's folder take now."""
+    resident = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE / 2**20
+    handles = len(os.listdir(f"/proc/{process}/fd"))
+    log = size(run / "log.jsonl") + size(run / "tensorboard")
+    numbers = (resident, handles, size(run / "checkpoints"), log, size(run / "samples"))
+    return dict(zip(NAMES, numbers, strict=True))
+
+
+def size(place: Path) -> float:
+    """MiB of a file, or of all files of a folder; files may go while they are counted."""
+    total = 0
+    for path in [place, *place.rglob("*")]:
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total / 2**20
+
+
+def reached(log: Path) -> int:
+    """The last iteration in a log."""
+    lines = log.read_bytes()[-8192:].splitlines() if log.is_file() else []
+    whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}")]
+    return int(json.loads(whole[-1])["iteration"]) if whole else 0
+
+
+def watch(command: list[str], run: Path, every: int) -> list[dict[str, float]]:
+    """Runs `command`, and notes what it takes whenever another `every` iterations are in its log."""
+    notes: list[dict[str, float]] = []
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            time.sleep(0.1)
+            iteration = reached(run / "log.jsonl")
+            if iteration >= (notes[-1]["iteration"] if notes else 0) + every:
+                try:
+                    notes.append({"iteration": iteration, **usage(process.pid, run)})
+                except (FileNotFoundError, ProcessLookupError):
+                    break  # it has just ended
+    if process.returncode:
+        sys.exit(f"the run ended with {process.returncode}")
+    return notes
 
 
 def slope(notes: list[dict[str, float]], name: str) -> float:
-    """Per 1,000 iterations, by least squares over the second half of the notes."""
-    half = notes[len(notes) // 2 :]
-    x = torch.tensor([note["iteration"] for note in half], dtype=torch.float64)
-    y = torch.tensor([note[name] for note in half], dtype=torch.float64)
+    """Per 1,000 iterations, by least squares."""
+    x, y = (torch.tensor([note[key] for note in notes], dtype=torch.float64) for key in ("iteration", name))
     x, y = x - x.mean(), y - y.mean()
     return 1000 * float((x * y).sum() / x.square().sum())
-
-
-def run(out: Path, iterations: int, batch: int, every: int, resume: bool, device: str) -> list[dict[str, float]]:
-    """The notes of one run, or of its part since it was resumed: each process has memory of its own."""
-    teacher = load_teacher(device=choose_device(device))
-    notes: list[dict[str, float]] = []
-
-    def note(iteration: int, record: Mapping[str, float]) -> None:
-        if iteration % every == 0:
-            notes.append({"iteration": iteration, **usage(out)})
-            with (out / NOTES).open("a") as file:
-                file.write(json.dumps(notes[-1]) + "\n")
-
-    options = TrainOptions(
-        iterations=iterations,
-        batch=batch,
-        log_every=1,
-        checkpoint_every=every,
-        schedule="cosine",
-        warmup=min(10, iterations),
-    )
-    method = replace(preset("tdm"), start_time=0.8)  # type: ignore[type-var]
-    distill(teacher, method, out=out, roles=RoleOptions(), train_options=options, hooks=Hooks(log=note), resume=resume)
-    return notes
 
 
 def main() -> None:
@@ -81,26 +82,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--every", type=int, default=50, help="iterations between notes, and between checkpoints")
+    parser.add_argument("--every", type=int, default=50, help="iterations between notes, checkpoints and sample grids")
+    parser.add_argument(
+        "--evaluate-every", type=int, default=0, help="iterations between evaluations; 0: one at the end"
+    )
     parser.add_argument("--most", type=float, default=4.0, help="MiB of memory per 1,000 iterations")
-    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--device", default="cpu")
     told = parser.parse_args()
-    quiet()
-    torch.set_num_threads(1)
-    notes = run(told.out, told.iterations, told.batch, told.every, told.resume, told.device)
-    if len(notes) < 4:
-        sys.exit("found fewer than 4 notes, expected more, fix: more iterations, or a smaller --every")
-    names = ("resident", "handles", "folder", "logs", "files")
-    print(f"{told.iterations} iterations, batch {told.batch}, {len(notes)} notes")
-    print("| | first | last | slope of the second half, per 1,000 iterations |")
-    print("|---|---|---|---|")
-    slopes = {name: slope(notes, name) for name in names}
-    for name in names:
-        print(f"| {name} | {notes[0][name]:.4g} | {notes[-1][name]:.4g} | {slopes[name]:+.4g} |")
-    growing = [name for name in ("handles", "files") if notes[-1][name] > notes[len(notes) // 2][name]]
-    if slopes["resident"] > told.most:
-        growing.append("resident")
+    every = str(told.every)
+    command = [sys.executable, "-m", "fewstep", "distill", "tdm", "--out", str(told.out), "--device", told.device]
+    command += ["--iterations", str(told.iterations), "--batch", str(told.batch), "--log-every", "1"]
+    command += ["--checkpoint-every", every, "--sample-every", every, "--evaluate-every", str(told.evaluate_every)]
+    notes = watch(command, told.out, told.every)
+    half = notes[len(notes) // 2 :]
+    if len(half) < 3:
+        sys.exit(f"found {len(notes)} notes, expected 6 or more, fix: more iterations, or a smaller --every")
+    print(f"{told.iterations} iterations, batch {told.batch}, {len(notes)} notes, torch {torch.__version__}")
+    print("| | first | half way | last | slope of the second half, per 1,000 iterations |")
+    print("|---|---|---|---|---|")
+    slopes = {name: slope(half, name) for name in NAMES}
+    for name in NAMES:
+        print(f"| {name} | {notes[0][name]:.4g} | {half[0][name]:.4g} | {notes[-1][name]:.4g} | {slopes[name]:+.3g} |")
+    limits = {"resident MiB": told.most, "handles": 0.0, "checkpoints MiB": 0.5}
+    growing = [name for name, limit in limits.items() if slopes[name] > limit]
     if growing:
         sys.exit(f"grows: {', '.join(growing)}")
 

@@ -1,10 +1,10 @@
 """Do monitors name what is wrong, in time, and keep quiet otherwise; and what do they cost?
 
-    python benchmarks/monitors.py                 # faults and sound runs with an exact teacher: the table of docs/monitors.md
-    python benchmarks/monitors.py --cost          # share of an iteration, on a network of the embedded teacher's size
+    python benchmarks/monitors.py           # faults and sound runs with an exact teacher: the table of docs/monitors.md
+    python benchmarks/monitors.py --cost    # share of an iteration, on a network of the embedded teacher's size
 
-Faults are built into short runs of the real trainer (`fewstep.evaluation.faulty_runs`); a run ends where its alarm stops
-it. `--everywhere` builds the reversed sign and the rates x100 into every method.
+Faults are built into short runs of the real trainer (`fewstep.evaluation.faulty_runs`); a run ends where its alarm
+stops it. `--everywhere` builds the reversed sign and the rates x100 into every method.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def quiet(iterations: int) -> None:
 
 def conditions(found: dict[str, list[str]]) -> None:
     """Prints the table of docs/monitors.md."""
-    print(
-        "\n| condition | what is looked at | healthy | times in a row | what to do | with `act` | iterations to be told |"
-    )
+    print("\n| condition | looked at | healthy | times in a row | what to do | with `act` | iterations to be told |")
     print("|---|---|---|---|---|---|---|")
     for each in CONDITIONS:
         numbers = ", ".join(f"`{name.removeprefix('metric/')}`" for name in each.numbers)
@@ -82,11 +80,10 @@ def conditions(found: dict[str, list[str]]) -> None:
 
 def cost(batch: int, iterations: int) -> None:
     """Prints the monitors' share of an iteration: what the loop does after it, and the metrics in the loss."""
-    from overhead import measure  # beside this file
-
     from fewstep.embedded.autoencoder import build_autoencoder
     from fewstep.embedded.teacher import build_pipeline, build_text_encoder, build_tokenizer, build_transformer
     from fewstep.models.pixart import PixArt
+    from overhead import measure  # beside this file
 
     tokenizer = build_tokenizer()
     parts = (build_autoencoder(), tokenizer, build_text_encoder(len(tokenizer)), build_transformer())
