@@ -83,9 +83,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--every", type=int, default=50, help="iterations between notes, checkpoints and sample grids")
-    parser.add_argument(
-        "--evaluate-every", type=int, default=0, help="iterations between evaluations; 0: one at the end"
-    )
+    parser.add_argument("--evaluate-every", type=int, default=0, help="iterations between evaluations; 0: none")
     parser.add_argument("--most", type=float, default=4.0, help="MiB of memory per 1,000 iterations")
     parser.add_argument("--device", default="cpu")
     told = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,12 +60,15 @@ def test_a_roll_back_brings_back_weights_optimisers_and_average(tmp_path: Path) 
     assert (tmp_path / "checkpoints/000012/student.safetensors").read_bytes() != then.read_bytes()
 
 
-@pytest.mark.parametrize("at", [8, 10])
-def test_a_run_with_a_roll_back_resumes_to_the_bit(tmp_path: Path, at: int) -> None:
-    """Stopped while the bad batches come, and after the roll-back."""
-    monitors_toy.run(tmp_path / "whole", keep=5)
-    monitors_toy.run(tmp_path / "parts", keep=5, iterations=at)
-    monitors_toy.run(tmp_path / "parts", keep=5, resume=True)
+@pytest.mark.parametrize(("at", "lost"), [(8, False), (10, False), (10, True)])
+def test_a_run_with_a_roll_back_resumes_to_the_bit(tmp_path: Path, at: int, lost: bool) -> None:
+    """Stopped while the bad batches come, after the roll-back, and after it without a checkpoint since."""
+    settings = {"keep": 5, "checkpoint_every": 4}
+    monitors_toy.run(tmp_path / "whole", **settings)
+    monitors_toy.run(tmp_path / "parts", iterations=at, **settings)
+    if lost:
+        shutil.rmtree(tmp_path / f"parts/checkpoints/{at:06d}")
+    monitors_toy.run(tmp_path / "parts", resume=True, **settings)
     files, lines = _outcome(tmp_path / "whole")
     again, repeated = _outcome(tmp_path / "parts")
     assert repeated == lines

@@ -18,7 +18,7 @@ from fewstep.training.log import read_log
 
 BUCKETS = 60
 """A curve has at most so many points; each is the mean of the records in its bucket."""
-_GROUPS = ("loss/", "gradient_norm/", "metric/", "evaluate/")
+_GROUPS = ("loss/", "gradient_norm/", "metric/", "evaluate/", "monitor/")
 _MAIN = ("loss/", "gradient_norm/", "evaluate/")
 _MAIN_METRICS = ("real_fake_cosine", "real_fake_gap")
 _HINTS = {

@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.charts import Curve, bars_svg, curve_svg, curves_png, number, read_curves
 from fewstep.evaluation.pictures import Candidate, check_candidates, replace_file, to_pil, write_grid
+from fewstep.training.log import read_alarms
 
 __all__ = ["Candidate", "write_curves", "write_grid", "write_page"]
 
@@ -78,7 +80,7 @@ def write_page(
         _pictures(candidates, prompts, seeds, student),
         _scores(candidates, student),
         _variety(histograms, value_labels, candidates, student) if histograms else "",
-        _training(read_curves(curves)) if curves is not None else "",
+        _training(read_curves(curves), read_alarms(curves)) if curves is not None else "",
         _section("notes", "Notes", "".join(f"<p>{_text(note)}</p>" for note in notes)) if notes else "",
         _reproduce(command, settings),
     ]
@@ -246,7 +248,7 @@ def _variety(
     return _section("variety", "Variety", f'<p class="hint">{hint}</p>{"".join(parts)}')
 
 
-def _training(curves: Sequence[Curve]) -> str:
+def _training(curves: Sequence[Curve], alarms: Sequence[Mapping[str, Any]]) -> str:
     if not curves:
         return ""
     main = [_panel(c) for c in curves if c.is_main]
@@ -254,7 +256,18 @@ def _training(curves: Sequence[Curve]) -> str:
     hint = "Over iterations (student updates). The line is a mean, the band the range behind it."
     folded = f'<details><summary>{len(other)} more</summary><div class="panels">{"".join(other)}</div></details>'
     body = f'<p class="hint">{hint}</p><div class="panels">{"".join(main)}</div>{folded if other else ""}'
-    return _section("training", "Training", body)
+    return _section("training", "Training", _alarms(alarms) + body)
+
+
+def _alarms(alarms: Sequence[Mapping[str, Any]]) -> str:
+    """What the monitors told (docs/monitors.md), oldest first."""
+    lines = []
+    for alarm in alarms:
+        value = "not finite" if alarm["value"] is None else number(alarm["value"])
+        done = "" if alarm["done"] == "told" else f" ({alarm['done']})"
+        told = f"{alarm['number']} = {value}, healthy: {alarm['healthy']}; {alarm['advice']}{done}"
+        lines.append(f"<li><b>{_text(alarm['name'])}</b> at iteration {alarm['iteration']}: {_text(told)}</li>")
+    return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def _panel(curve: Curve) -> str:
