@@ -92,8 +92,8 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition(
         "reversed-sign",
         ("metric/student/pull_alignment",),
-        "the student's gradient leads away from the teacher: look for a sign in the loss, in the order of teacher and "
-        "critic, or in an optimiser that maximises",
+        "the student's gradient leads away from the teacher: look for a sign in the loss, or in the order of teacher "
+        "and critic",
         low=-0.2,
         after=5,
         action="stop",
