@@ -167,7 +167,7 @@ def test_patience_ends_a_run_and_a_resumed_one_stays_ended(tmp_path: Path, capsy
     result = _run(tmp_path, hooks, on_alarm="warn", patience=2)
     assert (result.iteration, called) == (8, [2, 4, 6, 8])
     assert result.checkpoint.name == "000008"
-    assert "ended early, after iteration 8; the best score, 3, was at 4" in capsys.readouterr().err
+    assert "ended early, after iteration 8; the best score, 3, was at iteration 4" in capsys.readouterr().err
     again = _run(tmp_path, hooks, on_alarm="warn", patience=2, resume=True)
     assert (again.iteration, called) == (8, [2, 4, 6, 8])
     further = _run(tmp_path, hooks, on_alarm="warn", patience=0, resume=True)

@@ -24,7 +24,6 @@ from fewstep.methods.base import Batch, Method, Roles
 from fewstep.training import checkpoint, folder
 from fewstep.training.ema import Ema
 from fewstep.training.log import Log
-from fewstep.training.monitors.best import save_best
 from fewstep.training.monitors.guard import Guard
 from fewstep.training.monitors.null import null_numbers
 from fewstep.training.networks import Meter, Networks
@@ -235,21 +234,12 @@ def train(
                     if hooks.log is not None:
                         hooks.log(iteration, record)
                 for alarm in alarms:
-                    log.alarm(iteration, alarm.record() | guard.done(alarm, decision))
-                    progress.say(alarm.text())
+                    done = guard.done(alarm, decision)
+                    log.alarm(iteration, alarm.record() | done)
+                    progress.say(f"{alarm.text()} ({done['done']})")
             progress.advance(iteration, record)
 
-            if decision.best and log is not None:
-                save_best(out, iteration, state.student_tensors(), folder.describe(run))
-            elif decision.best and sharded:
-                checkpoint.give({"student": state.student_tensors()})
-            if decision.step == "roll back":
-                guard.roll_back(decision.to)
-                progress.say(
-                    f"rolled back to iteration {decision.to}, with rates {state.student.slowed:g} times as high"
-                )
-            if decision.step == "stop":
-                raise guard.stopped(alarms, iteration)
+            guard.carry_out(decision, iteration, alarms, folder.describe(run))
             unfinished = decision.step != "finish"
             code = group.largest(stop.code, device)
             if code or not unfinished or options.due(options.checkpoint_every, iteration):
@@ -263,10 +253,7 @@ def train(
                 progress.say(f"stopped after iteration {iteration}, saved {saved}; resume with --resume (resume=True)")
                 raise Stopped(code)
         if iteration < options.iterations:
-            best = guard.best
-            progress.say(
-                f"ended early, after iteration {iteration}; the best score, {best.score:.4g}, was at {best.iteration}"
-            )
+            progress.say(f"ended early, after iteration {iteration}; {guard.best}")
         group.wait()
         return TrainResult(iteration, saved, out / "log.jsonl", state.ema)
 

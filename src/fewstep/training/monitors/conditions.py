@@ -108,6 +108,15 @@ CONDITIONS: tuple[Condition, ...] = (
         flag=True,
     ),
     Condition(
+        "no-gradient",
+        ("gradient_norm/student", "gradient_norm/critic"),
+        "the loss does not depend on the weights: see that nothing is detached on the way, and that the right adapter "
+        "is on when the role is called",
+        low=1e-30,
+        after=3,
+        action="stop",
+    ),
+    Condition(
         "critic-lag",
         ("metric/student/critic_lag",),
         "the critic predicts the student's samples far worse than the teacher does: raise critic_updates or "

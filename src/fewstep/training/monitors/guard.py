@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.core.shards import is_sharded
 from fewstep.errors import FewstepError
 from fewstep.training import checkpoint
-from fewstep.training.monitors.best import FOLDER, Best, drop_later
+from fewstep.training.monitors.best import FOLDER, GROUP, Best, drop_later, save_best
 from fewstep.training.monitors.watch import Alarm, Watch
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import Group
@@ -109,7 +109,28 @@ class Guard:
         acted = alarm.action if alarm.action == "skip" else decision.step
         return {"done": acted if self._options.on_alarm == "act" and acted != "go on" else "told", "to": decision.to}
 
-    def roll_back(self, to: int) -> None:
+    def carry_out(self, decision: Decision, iteration: int, alarms: Sequence[Alarm], about: Mapping[str, Any]) -> None:
+        """Keeps the best student, which `about` describes, and rolls back; every process calls this.
+
+        Raises:
+            Alarmed: the decision is to stop.
+        """
+        if decision.best and self._group.leads:
+            save_best(self._out, iteration, self._state.student_tensors(), about)
+        elif decision.best and self._state.sharded:
+            checkpoint.give({GROUP: self._state.student_tensors()})
+        if decision.step == "roll back":
+            self._roll_back(decision.to)
+        if decision.step == "stop":
+            raise self._stopped(alarms, iteration)
+
+    @property
+    def best(self) -> str:
+        """A sentence about the best student."""
+        known = f"the best score, {self._best.score:.4g}, was at iteration {self._best.iteration}"
+        return known if self._best.iteration else "there was no score"
+
+    def _roll_back(self, to: int) -> None:
         """Weights, optimisers and average as in the checkpoint of iteration `to`; lower rates from now on."""
         self._state.take(checkpoint.inspected(self._out / "checkpoints", to))
         self._roll_backs += 1
@@ -118,7 +139,7 @@ class Guard:
         self._watch.forget()
         self._remember()
 
-    def stopped(self, alarms: Sequence[Alarm], iteration: int) -> Alarmed:
+    def _stopped(self, alarms: Sequence[Alarm], iteration: int) -> Alarmed:
         """The error that ends a run."""
         last = next((alarm for alarm in alarms if alarm.action in ("stop", "roll back")), None)
         told = last.text() if last else f"an alarm at iteration {iteration}, see the first process"
@@ -129,10 +150,6 @@ class Guard:
             f"{told}; the run has stopped, its checkpoints are in {self._out / 'checkpoints'}{kept}. "
             "--on-alarm warn goes on whatever happens"
         )
-
-    @property
-    def best(self) -> Best:
-        return self._best
 
     @property
     def _device(self) -> torch.device:

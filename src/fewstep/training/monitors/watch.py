@@ -10,6 +10,7 @@ from typing import Any
 from fewstep.training.monitors.conditions import CONDITIONS, Action, Condition
 
 _DECAY = 0.97  # of the running level, a geometric mean
+_SHOWN = ("metric/", "logit_gap")  # beside levels; others are in the log as they are
 _LEAP = math.log(2)  # by no more does one observation lift the level, so that an explosion does not become usual
 _QUIET = 100  # iterations for which a condition, once told, is not told again; what is skipped is told each time
 
@@ -72,8 +73,9 @@ class Watch:
         """What the log tells of an iteration: monitor/NUMBER as it is compared with its range."""
         told: dict[str, float] = {}
         numbers = {**numbers, **derived(numbers)}
-        for condition in (each for each in CONDITIONS if not each.flag):
-            for name in (name for name in condition.numbers if name in numbers and not name.startswith("evaluate/")):
+        for condition in CONDITIONS:
+            shown = [name for name in condition.numbers if condition.settles or name.startswith(_SHOWN)]
+            for name in (name for name in shown if name in numbers):
                 value = self._compared(condition, name, numbers[name])
                 if value is not None:
                     prefix = "growth/" if condition.settles else ""
