@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from fewstep.api import EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
+from fewstep.api import BEST_FOLDER, EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.conditions import TextOptions
 from fewstep.data.sources import read_prompts
@@ -104,6 +104,8 @@ def main(arguments: list[str]) -> None:
     )
     if os.environ.get("RANK", "0") == "0":
         print(f"student: {run.out / STUDENT_FOLDER}", file=sys.stderr)
+        if (run.out / BEST_FOLDER / STUDENT_FOLDER).is_dir():
+            print(f"the best one, by its evaluations: {run.out / BEST_FOLDER / STUDENT_FOLDER}", file=sys.stderr)
 
 
 def _given(arguments: list[str], name: str) -> str | None:
