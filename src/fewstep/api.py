@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from fewstep.data.real import RealScenes
 from fewstep.data.sources import Prompts, read_prompts
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
+from fewstep.evaluation.held_out import PROMPTS, HeldOut
 from fewstep.losses.moments import element_moments
 from fewstep.methods import METHODS, CausalInitOptions, DecoupledOptions, Method, Options, PhasedOptions, preset
 from fewstep.methods.base import Needs
@@ -38,8 +40,12 @@ from fewstep.models.teacher import Teacher
 from fewstep.streaming.student import CausalStudent
 from fewstep.training.folder import refuse_run, room
 from fewstep.training.loop import Hooks, PairData, RealData, train
+from fewstep.training.monitors.best import FOLDER as BEST_FOLDER
+from fewstep.training.monitors.best import GROUP, read_best
+from fewstep.training.monitors.guard import Alarmed
 from fewstep.training.options import TrainOptions
-from fewstep.training.parallel import leads, process_group
+from fewstep.training.parallel import Group, leads, process_group
+from fewstep.training.trainee import copy_tensors
 
 EMOJI = "emoji"
 """The name of the embedded teacher."""
@@ -166,6 +172,7 @@ def distill(
     train_options: TrainOptions | None = None,
     text: TextOptions | None = None,
     sizes: Sequence[str] = (),
+    held_out: Sequence[str] | str | Path | None = None,
     hooks: Hooks | None = None,
     resume: bool = False,
 ) -> Student:
@@ -193,8 +200,11 @@ def distill(
         sizes: several sizes to train on, such as ["1024x1024", "832x1216"] (width x height, of videos x frames); each
             iteration has one of them, and the student is saved at the first (docs/prompts.md). Not for methods with
             real data or pairs. The teacher's size unless told.
-        hooks: what to call during the run; unless told, sample grids in `out`/samples and, for the embedded teacher,
-            the judge's scores, as often as `train_options` says.
+        held_out: prompts as `prompts`, for evaluations, of which 16 are used; unless told, the first ones of `prompts`,
+            and for the embedded teacher captions that it was not trained on.
+        hooks: what to call during the run; unless told, sample grids in `out`/samples, and comparisons with the
+            teacher's samples of held-out prompts (for the embedded teacher with the judge's scores as well), as often
+            as `train_options` says. By these the best student is kept in `out`/best (docs/monitors.md).
         resume: continue the run in `out`.
 
     Raises:
@@ -209,10 +219,11 @@ def distill(
     if isinstance(options, PhasedOptions):
         from fewstep.several import distill_phases
 
-        if start is not None or reward is not None:
+        told = {"start": start, "reward": reward, "held_out": held_out}
+        if refused := [what for what, value in told.items() if value is not None]:
             raise FewstepError(
-                f"found start or reward for {name}, whose experts begin as the teacher, expected neither, fix: leave "
-                "it out"
+                f"found {', '.join(refused)} for {name}, a chain of runs whose experts begin as the teacher, expected "
+                "neither of these, fix: leave them out"
             )
         return distill_phases(
             teacher, options, out=out, prompts=prompts, real=real, roles=roles, train_options=train_options,
@@ -233,7 +244,10 @@ def distill(
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
         real = _own_scenes(backbone, recipe.name, train_options.seed)
+    unseen = None if held_out is None else list(_training_prompts(backbone.source, held_out)[:PROMPTS])
     encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks or pairs))
+    if unseen is not None:
+        encoding = replace(encoding, texts=[*encoding.texts, unseen])
     if isinstance(options, CausalInitOptions) and needs.trajectories and pairs is None:
         pairs = TeacherTrajectories(
             teacher, texts, grid=options.path_grid, keep=options.time_grid(options.steps)[:-1],
@@ -264,7 +278,7 @@ def distill(
     if start is not None:
         begin_with(seats, start)
     if hooks is None:
-        hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0)
+        hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0, unseen)
     kept = {name: value for name, value in asdict(roles).items() if name not in (*MEMORY_ONLY, "discriminator")}
     if roles.alpha is None:
         del kept["alpha"]  # runs that began before there was one go on
@@ -288,27 +302,32 @@ def distill(
             refuse_run(Path(out))  # rather than after all prompts are encoded
         if roles.shard:
             shard(seats, train_options.precision)
-        with encoding.ready(group):
-            result = train(
-                recipe,
-                seats,
-                PromptData(backbone.encode, texts, train_options.seed),
-                train_options,
-                out,
-                hooks,
-                noise_shape=listed or backbone.latent_shape,
-                real=real,
-                pairs=pairs,
-                configuration=configuration,
-                resume=resume,
-            )
+        told = {"train": asdict(train_options), **configuration}
+        try:
+            with encoding.ready(group):
+                result = train(
+                    recipe,
+                    seats,
+                    PromptData(backbone.encode, texts, train_options.seed),
+                    train_options,
+                    out,
+                    hooks,
+                    noise_shape=listed or backbone.latent_shape,
+                    real=real,
+                    pairs=pairs,
+                    configuration=configuration,
+                    resume=resume,
+                )
+        except Alarmed:
+            _export_best(seats, options, Path(out), told, group)
+            raise
         if listed is not None:
             listed.first()
         with result.ema.applied(), room(Path(out)):
             student = collected(seats)
             if group.leads and student is not None:
-                told = {"iterations": result.iteration, "train": asdict(train_options), **configuration}
-                export(student, options, folder, told)
+                export(student, options, folder, {"iterations": result.iteration, **told})
+        _export_best(seats, options, Path(out), told, group)
         group.wait()  # the others load what the first has written
     return load_student(folder)
 
@@ -495,6 +514,34 @@ def evaluate(
     return evaluate_scenes(model, steps=steps, count=count, seed=seed, **more).scores.row()
 
 
+def _export_best(seats: Roles, options: Options, out: Path, told: dict[str, Any], group: Group) -> None:
+    """The best student of the run, if scores were taken, in `out`/best/student; the roles hold it afterwards."""
+    best = read_best(out)
+    if best is None:
+        return
+    there = dict(zip(seats.student_state(), seats.student_parameters(), strict=True))
+    copy_tensors(there, best.tensors(GROUP), "student")
+    with room(out):
+        student = collected(seats)
+        if group.leads and student is not None:
+            export(student, options, out / BEST_FOLDER / STUDENT_FOLDER, {"iterations": best.iteration, **told})
+
+
+class LiveTeacher(Teacher):
+    """The teacher of roles in training, as something to sample; sharded ones in all processes at once."""
+
+    def __init__(self, seats: Roles) -> None:
+        assert isinstance(seats.backbone, Backbone)
+        super().__init__(seats.backbone)
+        self._seats = seats
+
+    def _at_hand(self) -> bool:
+        return True
+
+    def _call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self._seats.teacher(x, t, condition)
+
+
 class LiveStudent(Student):
     """The student of roles in training, as something to sample."""
 
@@ -526,10 +573,18 @@ class LiveCausalStudent(CausalStudent):
         return self._seats.student(x, t, condition)
 
 
-def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path, wants_scores: bool) -> Hooks:
-    """Sample grids, and scores if they are wanted and the judge knows the data."""
+def _hooks(
+    seats: Roles,
+    options: Options,
+    texts: Sequence[str],
+    out: Path,
+    wants_scores: bool,
+    held_out: Sequence[str] | None = None,
+) -> Hooks:
+    """Sample grids, and scores if they are wanted: against the teacher, and the judge's if it knows the data."""
     from fewstep.evaluation.compare import default_prompts
     from fewstep.evaluation.pictures import save_pictures
+    from fewstep.evaluation.scenes import evaluation_captions
 
     layout = layout_of(options)
     student = LiveStudent(seats, options) if layout is None else LiveCausalStudent(seats, options, layout)
@@ -543,16 +598,28 @@ def _hooks(seats: Roles, options: Options, texts: Sequence[str], out: Path, want
             if leads():
                 save_pictures(out / "samples" / f"{iteration:06d}-{count}-steps.png", images)
 
+    usual = list(map(str, evaluation_captions(PROMPTS))) if embedded else texts[:PROMPTS]
+    teacher = HeldOut(LiveTeacher(seats).sample, held_out or usual)
+
     def score(iteration: int) -> dict[str, float]:
         from fewstep.evaluation.run import evaluate_scenes
 
         numbers: dict[str, float] = {}
+        found: dict[int, dict[str, float]] = {}
         for count in student.grids:
-            row = evaluate_scenes(student, steps=count, count=256).scores.row()
+            found[count] = teacher.compare(partial(student.sample, steps=count))
+            row = {f"held out {name}": value for name, value in found[count].items()}
+            if embedded:
+                row |= evaluate_scenes(student, steps=count, count=256).scores.row()
             numbers |= {f"{name}, {count} steps": value for name, value in row.items()}
+        scored = "frechet" if embedded else "held out distance"
+        scores = [numbers[f"{scored}, {count} steps"] for count in student.grids]
+        numbers["score"] = sum(scores) / len(scores)
+        numbers["sharpness"] = max(each["sharpness"] for each in found.values())
+        numbers["variety"] = min(each["variety"] for each in found.values())
         return numbers
 
-    return Hooks(sample=draw, evaluate=score if embedded and wants_scores else None)
+    return Hooks(sample=draw, evaluate=score if wants_scores else None)
 
 
 def _training_prompts(source: str, prompts: Sequence[str] | str | Path | None) -> Sequence[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from fewstep.api import EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
+from fewstep.api import BEST_FOLDER, EMOJI, STUDENT_FOLDER, defaults, distill, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.conditions import TextOptions
 from fewstep.data.sources import read_prompts
@@ -34,6 +34,9 @@ class RunOptions:
     start: Path | None = None
     """Folder of a student whose weights this one begins with, such as that of `causal-init` for `self-forcing`; for
     roles `copies` or `mixed`."""
+    held_out: str | None = None
+    """Prompts as --prompts, for evaluations: of 16 of them the student's samples are compared with the teacher's. The
+    first ones of --prompts unless told."""
     resume: bool = False
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
@@ -100,10 +103,13 @@ def main(arguments: list[str]) -> None:
         train_options=args.train,
         text=args.text,
         sizes=sizes,
+        held_out=run.held_out,
         resume=run.resume,
     )
     if os.environ.get("RANK", "0") == "0":
         print(f"student: {run.out / STUDENT_FOLDER}", file=sys.stderr)
+        if (run.out / BEST_FOLDER / STUDENT_FOLDER).is_dir():
+            print(f"the best one, by its evaluations: {run.out / BEST_FOLDER / STUDENT_FOLDER}", file=sys.stderr)
 
 
 def _given(arguments: list[str], name: str) -> str | None:

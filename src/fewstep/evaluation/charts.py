@@ -20,7 +20,7 @@ BUCKETS = 60
 """A curve has at most so many points; each is the mean of the records in its bucket."""
 RUN_COLOURS = 6
 """So many runs have colours of their own in a chart of several."""
-_GROUPS = ("loss/", "gradient_norm/", "metric/", "evaluate/")
+_GROUPS = ("loss/", "gradient_norm/", "metric/", "evaluate/", "monitor/")
 _MAIN = ("loss/", "gradient_norm/", "evaluate/")
 _MAIN_METRICS = ("real_fake_cosine", "real_fake_gap")
 _HINTS = {

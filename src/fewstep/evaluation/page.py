@@ -20,6 +20,7 @@ from fewstep.evaluation.page_pictures import choose_form, data_block, picture_bl
 from fewstep.evaluation.page_tables import figures, headline, settings_of_each, settings_table, text, voted
 from fewstep.evaluation.pictures import Candidate, check_candidates, replace_file, write_grid
 from fewstep.evaluation.preferences import Vote
+from fewstep.training.log import read_alarms
 
 __all__ = ["Candidate", "write_curves", "write_grid", "write_page"]
 
@@ -80,7 +81,7 @@ def write_page(
         _section("scores", "Figures and costs", f"{figures(candidates, student)}{_COSTS}"),
         _section("preferences", "Preferences", voted(votes)) if votes else "",
         _variety(histograms, value_labels, candidates, student) if histograms else "",
-        _training({name: read_curves(log) for name, log in runs.items()}),
+        _training({name: read_curves(log) for name, log in runs.items()}, _alarms(runs)),
         _section("notes", "Notes", "".join(f"<p>{text(note)}</p>" for note in [*notes, form.told(candidates)])),
         _reproduce(command, settings, candidates),
     ]
@@ -181,7 +182,7 @@ def _variety(
     return _section("variety", "Variety", f'<p class="hint">{hint}</p>{"".join(parts)}')
 
 
-def _training(runs: Mapping[str, Sequence[Curve]]) -> str:
+def _training(runs: Mapping[str, Sequence[Curve]], alarms: str) -> str:
     by_name: dict[str, list[tuple[int, Curve]]] = {}
     for place, curves in enumerate(runs.values()):
         for curve in curves:
@@ -197,7 +198,20 @@ def _training(runs: Mapping[str, Sequence[Curve]]) -> str:
     other = f'<div class="panels">{"".join(panels[False])}</div>'
     folded = f"<details><summary>{len(panels[False])} more</summary>{other}</details>" if panels[False] else ""
     body = f'<p class="hint">{hint}</p>{legend}<div class="panels">{"".join(panels[True])}</div>{folded}'
-    return _section("training", "Training", body)
+    return _section("training", "Training", alarms + body)
+
+
+def _alarms(runs: Mapping[str, Path]) -> str:
+    """What the monitors told of each run (docs/monitors.md), oldest first."""
+    lines = []
+    for run, log in runs.items():
+        for alarm in read_alarms(log):
+            value = "not finite" if alarm["value"] is None else number(alarm["value"])
+            done = "" if alarm["done"] == "told" else f" ({alarm['done']})"
+            told = f"{alarm['number']} = {value}, healthy: {alarm['healthy']}; {alarm['advice']}{done}"
+            where = f"{run}, iteration {alarm['iteration']}"
+            lines.append(f"<li><b>{text(alarm['name'])}</b> ({text(where)}): {text(told)}</li>")
+    return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def _panel(found: Sequence[tuple[int, Curve]]) -> str:

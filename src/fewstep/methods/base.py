@@ -40,6 +40,9 @@ class Loss:
     """(B,), with gradient; the trainer averages them."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Detached scalars by name."""
+    pulls: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Of a student's loss: its denoised samples (B, ...), with gradient, and where the method means them to go. The
+    trainer compares that with the gradient that comes back, for which no network is asked."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,8 @@ def causal_calls(roles: Roles) -> CausalCalls:
 def mean_loss(losses: Sequence[Loss]) -> Loss:
     """The mean of several losses of one batch, values and metrics alike."""
     values = torch.stack([loss.values for loss in losses]).mean(0)
-    names = losses[0].metrics
-    return Loss(values, {name: torch.stack([loss.metrics[name] for loss in losses]).mean() for name in names})
+    metrics = {name: torch.stack([loss.metrics[name] for loss in losses]).mean() for name in losses[0].metrics}
+    return Loss(values, metrics, tuple(pull for loss in losses for pull in loss.pulls))
 
 
 def spread_metrics(denoised: Tensor) -> dict[str, Tensor]:
@@ -233,8 +236,53 @@ def agreement_metrics(denoised: Tensor, real: Tensor, fake: Tensor) -> dict[str,
       means that the student leaves the teacher's law or that the critic lags.
     - real_fake_gap: rms of real - fake over rms of real - denoised. Falls towards 0 as the laws meet.
     - direction: mean |real - fake|, in units of the data.
+    - critic_lag: rms of fake - denoised over rms of real - denoised, a geometric mean over the samples. A critic that
+      knows the student's law predicts its samples better than the teacher does, and stays about or below 1.
+
+    With them those of `contrast_metrics`.
     """
     real, fake, denoised = (part.detach().float().flatten(1) for part in (real, fake, denoised))
     cosine = torch.cosine_similarity(real - denoised, fake - denoised, dim=1)
     gap = (real - fake).square().mean().sqrt() / (real - denoised).square().mean().sqrt().clamp(min=1e-12)
-    return {"real_fake_cosine": cosine.mean(), "real_fake_gap": gap, "direction": (real - fake).abs().mean()}
+    return {
+        "real_fake_cosine": cosine.mean(),
+        "real_fake_gap": gap,
+        "direction": (real - fake).abs().mean(),
+        "critic_lag": _mean_ratio(fake - denoised, real - denoised),
+        **contrast_metrics(denoised, real, fake),
+    }
+
+
+def contrast_metrics(denoised: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """The student's contrast against the teacher's, asked about the same noised samples of the same prompts.
+
+    Teacher and critic each answer with the mean of their law there, so that their answers can be compared at any noise
+    level, where the student's own sample, which is no mean, cannot.
+
+    - contrast: rms of `fake` over that of `real`, a geometric mean over the samples, as single ones are far off near
+      pure noise. Above 1: saturation; below: blur.
+    - mean_shift: mean of `fake` less that of `real`, in rms of `real`.
+    - clipped: share of elements of `denoised` beyond the largest of the teacher's answer to the same sample.
+    """
+    real, fake, denoised = (part.detach().float().flatten(1) for part in (real, fake, denoised))
+    bound = real.abs().amax(1, keepdim=True)
+    return {
+        "contrast": _mean_ratio(fake, real),
+        "mean_shift": ((fake - real).mean(1) / _rms(real)).mean(),
+        "clipped": (denoised.abs() > bound).float().mean(),
+    }
+
+
+def _mean_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Geometric mean over the samples of rms(a) / rms(b); both (B, d)."""
+    return (_rms(a) / _rms(b)).log().mean().exp()
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean(1).sqrt().clamp(min=1e-12)
+
+
+def guidance_metrics(told: Tensor, untold: Tensor) -> dict[str, Tensor]:
+    """guidance_gap: rms of what the prompt changes in the teacher's answer, over rms of the answer; 0: nothing."""
+    told, untold = told.detach().float(), untold.detach().float()
+    return {"guidance_gap": (told - untold).square().mean().sqrt() / told.square().mean().sqrt().clamp(min=1e-12)}

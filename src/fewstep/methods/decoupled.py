@@ -40,7 +40,7 @@ from torch import Tensor
 from fewstep.core.rollout import Landing, Path
 from fewstep.core.streams import Draw
 from fewstep.losses.moments import moment_divergence
-from fewstep.methods.base import Loss, Needs, Roles
+from fewstep.methods.base import Loss, Needs, Roles, guidance_metrics
 from fewstep.methods.dmd2 import DMD2, DMD2Options
 from fewstep.methods.matching import Pull, Query
 from fewstep.methods.matching_options import Guidance, contradiction, require
@@ -154,16 +154,19 @@ class Decoupled(DMD2):
         return self._query_between(path.process, landing, landing.t, landing.t_from, draw)
 
     @torch.no_grad()
-    def _pulls(self, roles: Roles, landing: Landing, query: Query, draw: Draw) -> tuple[list[Pull], dict[str, Tensor]]:
+    def _pulls(
+        self, roles: Roles, landing: Landing, query: Query, draw: Draw
+    ) -> tuple[list[Pull], dict[str, Tensor], Tensor]:
         """Eq. 8: matching at the query's level, guidance at its own; without matching, guidance alone."""
         if self.needs.critic:
-            pulls, metrics = super()._pulls(roles, landing, query, draw)
+            pulls, metrics, toward = super()._pulls(roles, landing, query, draw)
         else:
-            pulls, metrics = [self._guidance_pull(roles, landing, query, draw)[0]], {}
+            pull, (told, untold) = self._guidance_pull(roles, landing, query, draw)
+            pulls, metrics, toward = [pull], guidance_metrics(told, untold), told - untold
         names = ("matching_pull", "guidance_pull") if self.needs.critic else ("guidance_pull",)
         for name, pull in zip(names, pulls, strict=False):  # no guidance at scale 1
             metrics[name] = (pull.direction.abs().flatten(1).mean(1) / pull.divisor).mean()
-        return pulls, metrics
+        return pulls, metrics, toward
 
     def _further_terms(self, roles: Roles, landing: Landing, query: Query) -> dict[str, tuple[float, Tensor]]:
         """A GAN's, and eq. 7."""

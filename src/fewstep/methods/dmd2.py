@@ -112,7 +112,7 @@ class DMD2(Matching):
         top = path.grid[:, 0].to(noise)
         distance = flat_mean((roles.student(noise * path.process.noise_scale, top, condition) - made).square())
         metrics = loss.metrics | {"regression_loss": distance.detach().mean()}
-        return Loss(loss.values + self.options.regression_weight * distance, metrics)
+        return replace(loss, values=loss.values + self.options.regression_weight * distance, metrics=metrics)
 
     def _compared(self, path: Path, landing: Landing, draw: Draw) -> Landing:
         """The call's clean prediction; the critic may be told where the call landed."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import grids
-from fewstep.core.guidance import guided, guided_parts
+from fewstep.core.guidance import guided_parts
 from fewstep.core.process import Process
 from fewstep.core.renoise import renoise
 from fewstep.core.rollout import Landing, Path
@@ -35,6 +35,7 @@ from fewstep.methods.base import (
     Needs,
     Roles,
     agreement_metrics,
+    guidance_metrics,
     mean_loss,
     spread_metrics,
 )
@@ -226,7 +227,7 @@ class Matching:
         if o.gan_weight:
             attached = renoise(path.process, landing.x, landing.t, query.tau, query.noise)  # query.x, with gradient
             query = replace(query, logits=roles.discriminator(attached, query.tau, prompt_of(landing.condition)))
-        pulls, metrics = self._pulls(roles, landing, query, draw)
+        pulls, metrics, toward = self._pulls(roles, landing, query, draw)
         parts = [
             pull.weight
             * match(self._pulled(landing), pull.direction, normaliser=pull.divisor, metric_kind=o.metric, c=o.huber_c)
@@ -238,7 +239,7 @@ class Matching:
         for name, (weight, term) in self._further_terms(roles, landing, query).items():
             values = values + weight * term
             metrics[f"{name}_loss"] = term.detach().mean()
-        return Loss(values, metrics)
+        return Loss(values, metrics, ((landing.denoised, toward),))
 
     def _further_terms(self, roles: Roles, landing: Landing, query: Query) -> dict[str, tuple[float, Tensor]]:
         """Terms of the student's loss beside the pulls, with gradient: weight and values (B,) by name."""
@@ -247,14 +248,24 @@ class Matching:
         return {"adversarial": (self.options.gan_weight, fooling_loss(query.logits))}
 
     @torch.no_grad()
-    def _pulls(self, roles: Roles, landing: Landing, query: Query, draw: Draw) -> tuple[list[Pull], dict[str, Tensor]]:
-        """The terms of the student's update, and what to log of teacher and critic."""
+    def _pulls(
+        self, roles: Roles, landing: Landing, query: Query, draw: Draw
+    ) -> tuple[list[Pull], dict[str, Tensor], Tensor]:
+        """The terms of the student's update, what to log of teacher and critic, and where the terms together point."""
         o, condition, clean = self.options, prompt_of(landing.condition), landing.denoised
         fake = roles.critic(query.x, query.tau, self._critic_condition(landing))
         weight = self._sample_weight(roles, query, condition)
-        if o.guidance == "coupled" or o.guidance_scale == 1:
-            real = guided(roles.teacher, query.x, query.tau, condition, roles.null(condition), o.guidance_scale)
+        metrics: dict[str, Tensor] = {}
+        if o.guidance_scale == 1:
+            real = roles.teacher(query.x, query.tau, condition)
             pulls = [Pull(real - fake, query, normaliser(o.normaliser, clean, real), weight)]
+            toward = real - fake
+        elif o.guidance == "coupled":
+            told, untold = guided_parts(roles.teacher, query.x, query.tau, condition, roles.null(condition))
+            real = untold + o.guidance_scale * (told - untold)
+            metrics |= guidance_metrics(told, untold)
+            pulls = [Pull(real - fake, query, normaliser(o.normaliser, clean, real), weight)]
+            toward = real - fake
         else:  # card decoupled_dmd, eq. 8: the plain teacher at the query, guidance at levels of its own
             guidance, (told, untold) = self._guidance_pull(roles, landing, query, draw)
             shared = guidance.query is query
@@ -263,11 +274,13 @@ class Matching:
             if o.joint_normaliser:
                 joint = normaliser(o.normaliser, clean, untold + o.guidance_scale * (told - untold))
                 pulls = [replace(pull, divisor=joint) for pull in pulls]
-        metrics = agreement_metrics(clean, real, fake)
+            metrics |= guidance_metrics(told, untold)
+            toward = real - fake + (o.guidance_scale - 1) * (told - untold)
+        metrics |= agreement_metrics(clean, real, fake)
         if self._judged:
             share = 1 / weight.square().mean()  # effective share of the samples
             metrics |= {"weight_min": weight.min(), "weight_max": weight.max(), "weight_effective_share": share}
-        return pulls, metrics
+        return pulls, metrics, toward
 
     def _guidance_pull(
         self, roles: Roles, landing: Landing, query: Query, draw: Draw

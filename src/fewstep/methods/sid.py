@@ -215,7 +215,8 @@ class SiD(Matching):
             if len(o.counts) == 1:
                 metrics |= {f"call_{int(call[0])}_{name}": value for name, value in own.items()}
             metrics |= {"adversarial_loss": adversarial.mean()} if o.gan_weight else {}
-        return Loss(handed_on(values, sample, landing.denoised), metrics)
+        toward = (real - fake).detach()
+        return Loss(handed_on(values, sample, landing.denoised), metrics, ((landing.denoised, toward),))
 
 
 class _WithGuidedCritic:

@@ -25,7 +25,7 @@ from fewstep.core.streams import Draw
 from fewstep.core.tensors import Condition, at_least_float32, flat_mean
 from fewstep.errors import FewstepError
 from fewstep.losses.critic import CriticWeight, critic_weight
-from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, spread_metrics
+from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, contrast_metrics, spread_metrics
 from fewstep.methods.matching_options import require
 
 Points = Literal["path", "data"]
@@ -142,7 +142,8 @@ class TSM:
         values = weight * flat_mean((denoised - target).square())
         distance = flat_mean((denoised - target).square()).mean() / flat_mean(target.square()).mean()
         metrics = {"student_loss": values.detach().mean(), "teacher_distance": distance.detach().sqrt()}
-        return Loss(values, metrics | spread_metrics(denoised))
+        metrics |= spread_metrics(denoised) | contrast_metrics(denoised, target, denoised)
+        return Loss(values, metrics, ((denoised, target - denoised.detach()),))
 
     @torch.no_grad()
     def _point(self, path: Path, draw: Draw) -> tuple[Tensor, Tensor, Condition]:

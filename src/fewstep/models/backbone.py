@@ -83,6 +83,8 @@ class Backbone(ABC):
     comfyui_key: Callable[[str, Mapping[str, Any]], str] | None = None
     """(layer, config of the network) -> what ComfyUI calls the layer in a LoRA file (`fewstep.models.comfyui`); None
     where it has no such model."""
+    zero_null: bool = False
+    """Whether the condition of the empty prompt is meant to be zeros."""
     quantised: str | None = None
     """What the blocks of `network` are rounded to, if they are (`fewstep.models.quantised`)."""
 

@@ -38,6 +38,7 @@ class FunctionTeacher:
         self, denoise: Callable[..., Tensor], process: Process, *, prediction: str = "x0", null: Condition | None = None
     ) -> None:
         self.process = process
+        self.zero_null = True  # zeros may well be what its user means
         self._null = null
         self.network: nn.Module = _Predicting(denoise, prediction).requires_grad_(False)
 

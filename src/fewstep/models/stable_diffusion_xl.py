@@ -66,6 +66,11 @@ class StableDiffusionXL(StableDiffusion):
 
         return in_batches(encoded, prompts)
 
+    @property
+    def zero_null(self) -> bool:  # type: ignore[override]
+        """As the pipeline has it."""
+        return bool(self.pipeline.config.force_zeros_for_empty_prompt)
+
     @torch.no_grad()
     def null_condition(self) -> Condition:
         if self._null is None:

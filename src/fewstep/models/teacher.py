@@ -54,7 +54,7 @@ class Teacher:
                 f"found {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt, "
                 "fix: repeat the shorter"
             )
-        if not self.backbone.at_hand:
+        if not self._at_hand():
             raise FewstepError(
                 "found a teacher whose weights are on disk or spread over processes, expected it whole to sample, "
                 "fix: load it again, without defer"
@@ -141,6 +141,9 @@ class Teacher:
             )  # fmt: skip
             parts.append(self.backbone.decode(latents))
         return torch.cat(parts)
+
+    def _at_hand(self) -> bool:
+        return self.backbone.at_hand
 
     def _call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.backbone.call(self.backbone.network, x, t, condition)

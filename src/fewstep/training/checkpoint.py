@@ -106,13 +106,15 @@ def give(groups: Mapping[str, Mapping[str, Tensor]]) -> None:
             whole(tensors[name])
 
 
-def newest(parent: Path) -> Checkpoint | None:
+def newest(parent: Path, before: int | None = None) -> Checkpoint | None:
     """The newest sound checkpoint in `parent`, None if there is none at all. Reads every byte of it.
+
+    `before`: only those of earlier iterations.
 
     Damaged ones (torn, flipped, edited, copied by halves) are passed over with a warning that names what is wrong;
     FewstepError if nothing but damaged ones is left or if the newest was written by a later version of the format.
     """
-    found = _numbered(parent)
+    found = [folder for folder in _numbered(parent) if before is None or int(folder.name) < before]
     for folder in found:
         problem, checkpoint = _inspect(folder)
         if checkpoint is not None:

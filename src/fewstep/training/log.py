@@ -17,9 +17,10 @@ class Log:
     """Writes `log.jsonl` (and `tensorboard/`) in the run's folder, and tells a tracker.
 
     Opening it at `iteration` drops every line after that iteration, and a line torn by a kill, so that a resumed run
-    has each line exactly once. Keys: loss/, gradient_norm/, rate/, metric/, forwards/, evaluate/ are the same in
-    every repetition of a run; time/ and memory/ are not. A number that is not finite is written as null, which JSON
-    has. A tracker that fails is warned about and told nothing more; the run and its `log.jsonl` go on.
+    has each line exactly once. Keys: loss/, gradient_norm/, rate/, metric/, monitor/, forwards/, evaluate/ are the same
+    in every repetition of a run; time/ and memory/ are not. Alarms are lines of their own (docs/monitors.md). A number
+    that is not finite is written as null, which JSON has. A tracker that fails is warned about and told nothing more;
+    the run and its `log.jsonl` go on.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class Log:
                     stacklevel=2,
                 )
 
+    def alarm(self, iteration: int, told: Mapping[str, Any]) -> None:
+        """Appends a line {"iteration": ..., "alarm": `told`}: no numbers, and not for trackers."""
+        self._file.write(json.dumps({"iteration": iteration, "alarm": dict(told)}) + "\n")
+        self._file.flush()
+
     def sync(self) -> None:
         """Forces the lines so far to disk; called before a checkpoint that counts on them."""
         sync(self.path)
@@ -66,8 +72,13 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, float | None]]:
-    """The records of a `log.jsonl`, oldest first; a torn last line is left out."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    """The records of a `log.jsonl`, oldest first; alarms and a torn last line are left out."""
+    return [record for line in _whole_lines(path) if "alarm" not in (record := json.loads(line))]
+
+
+def read_alarms(path: Path) -> list[dict[str, Any]]:
+    """The alarms of a `log.jsonl`, oldest first, as `monitors.watch.Alarm.record` writes them, with what was done."""
+    return [record["alarm"] for line in _whole_lines(path) if "alarm" in (record := json.loads(line))]
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -24,6 +24,8 @@ from fewstep.methods.base import Batch, Method, Roles
 from fewstep.training import checkpoint, folder
 from fewstep.training.ema import Ema
 from fewstep.training.log import Log
+from fewstep.training.monitors.guard import Guard
+from fewstep.training.monitors.null import null_numbers
 from fewstep.training.networks import Meter, Networks
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import Group, process_group
@@ -91,7 +93,8 @@ class Hooks:
     sample: Callable[[int], None] | None = None
     """sample(iteration), every `sample_every` iterations: draws pictures and puts them where it likes."""
     evaluate: Callable[[int], Mapping[str, float]] | None = None
-    """evaluate(iteration) -> numbers by name, every `evaluate_every` iterations; logged as evaluate/name."""
+    """evaluate(iteration) -> numbers by name, every `evaluate_every` iterations; logged as evaluate/name. By the one
+    called "score", lower is better, the best student is kept (docs/monitors.md)."""
     save: Callable[[int, Path], None] | None = None
     """save(iteration, folder): adds files, such as an exported student, to a checkpoint before it becomes visible."""
     log: Callable[[int, Mapping[str, float]], None] | None = None
@@ -103,6 +106,7 @@ class TrainResult:
     """Where a finished run stands. The roles hold the last student; within `ema.applied()` they hold the average."""
 
     iteration: int
+    """The last one: all that were asked for, unless patience or a drift ended the run before."""
     checkpoint: Path
     log: Path
     ema: Ema
@@ -139,7 +143,8 @@ def train(
 
     Raises:
         FewstepError: options out of range, a folder in use or with another run, too little disk (all before any work);
-            a loss or gradient that is not finite, or reaches no parameter; a disk that is full after all.
+            a loss or gradient that is not finite, or reaches no parameter; an alarm that stops the run
+            (`TrainOptions.on_alarm`); a disk that is full after all.
         Stopped: SIGINT or SIGTERM came; the iteration was finished and a checkpoint saved. A SystemExit of code 130
             or 143.
     """
@@ -157,6 +162,8 @@ def train(
     networks = Networks(roles, options.precision, device)
     sharded = is_sharded(first)
 
+    null: dict[str, float] = {}
+
     def batch(iteration: int, samples: Tensor) -> Batch:
         told: dict[str, Any] = {}
         shape = noise_shape(iteration) if callable(noise_shape) else noise_shape
@@ -168,6 +175,8 @@ def train(
             if method.needs.pairs and pairs is not None:
                 noise, made, of_made = pairs(iteration, samples)
                 told["pairs"] = noise.to(device, dtype), made.to(device, dtype), of_made
+        if iteration == 1 and not null:
+            null.update(null_numbers(method, roles, condition))
         return Batch(condition, samples.to(device), shape, dtype, **told)
 
     with ExitStack() as stack:
@@ -192,42 +201,61 @@ def train(
             folder.require_space(out, state.bytes(), options.keep)
             stack.enter_context(folder.locked(out))
             newest = folder.begin(out, run, {"options": asdict(options)}, resume=resume)
-        start = state.restore(out / "checkpoints", newest, group, options.iterations)
+        start, told = state.restore(out / "checkpoints", newest, group, options.iterations)
+        guard = Guard(options, state, group, out)
+        unfinished = guard.begin(start, told.get("monitors", {}))
         kept: dict[str, Any] = {"tensorboard": options.tensorboard, "tracker": options.tracker, "configuration": run}
         log = stack.enter_context(closing(Log(out, start, **kept))) if group.leads else None
         progress = stack.enter_context(closing(Progress(options.iterations, start, shown=group.leads)))
         meter = Meter(networks, options.batch, device)
         saved = out / "checkpoints" / f"{start:06d}"
 
-        for iteration in range(start + 1, options.iterations + 1):
+        iteration = start
+        while unfinished and iteration < options.iterations:
+            iteration += 1
             with meter:
                 updates = _iterate(method, networks, batch, state, options, group, iteration)
                 state.ema.update()
+                with networks.watch("monitors"):
+                    numbers = _numbers(updates, state, options, group, iteration)
+                    alarms = guard.look(iteration, updates, numbers | (null if iteration == 1 else {}))
 
             record: dict[str, float] = {}
             if options.due(options.log_every, iteration):
-                record |= _numbers(updates, state, options, group, iteration) | meter.take()
+                record |= numbers | guard.shown(numbers) | meter.take()
             if log is not None or sharded:
-                record |= _call_hooks(hooks, state, options, iteration)
-            if log is not None and record:
-                log.write(iteration, record)
-                if hooks.log is not None:
-                    hooks.log(iteration, record)
+                evaluated = _call_hooks(hooks, state, options, iteration)
+                alarms += guard.judge(iteration, evaluated)
+                record |= evaluated
+            decision = guard.decide(alarms)
+            if log is not None:
+                if record:
+                    log.write(iteration, record)
+                    if hooks.log is not None:
+                        hooks.log(iteration, record)
+                for alarm in alarms:
+                    done = guard.done(alarm, decision)
+                    log.alarm(iteration, alarm.record() | done)
+                    progress.say(f"{alarm.text()} ({done['done']})")
             progress.advance(iteration, record)
 
+            guard.carry_out(decision, iteration, alarms, folder.describe(run))
+            unfinished = decision.step != "finish"
             code = group.largest(stop.code, device)
-            if code or options.due(options.checkpoint_every, iteration):
+            if code or not unfinished or options.due(options.checkpoint_every, iteration):
                 if log is not None:
                     log.sync()
-                    saved = _save(state, out, run, options, hooks, iteration)
+                    saved = _save(state, out, run, options, hooks, guard, iteration)
                 elif sharded:
                     saved = _help_save(state, out, hooks, iteration)
             if code:
                 group.wait()
                 progress.say(f"stopped after iteration {iteration}, saved {saved}; resume with --resume (resume=True)")
                 raise Stopped(code)
+        if iteration < options.iterations:
+            progress.say(f"ended early, after iteration {iteration}; {guard.best}")
         group.wait()
-        return TrainResult(options.iterations, saved, out / "log.jsonl", state.ema)
+        return TrainResult(iteration, saved, out / "log.jsonl", state.ema)
 
 
 def _iterate(
@@ -264,7 +292,7 @@ def _numbers(
     record: dict[str, float] = {}
     for role, update in sorted(updates.items()):
         record |= {f"loss/{role}": update.loss, f"gradient_norm/{role}": update.gradient_norm}
-        record[f"rate/{role}"] = options.rate(role, iteration)
+        record[f"rate/{role}"] = options.rate(role, iteration) * getattr(state, role).slowed
         if options.precision == "fp16":
             record[f"loss_scale/{role}"] = getattr(state, role).scaler.get_scale()
         if update.metrics:
@@ -289,7 +317,9 @@ def _call_hooks(hooks: Hooks, state: State, options: TrainOptions, iteration: in
     return {f"evaluate/{name}": float(value) for name, value in numbers.items()}
 
 
-def _save(state: State, out: Path, run: Mapping[str, Any], options: TrainOptions, hooks: Hooks, iteration: int) -> Path:
+def _save(
+    state: State, out: Path, run: Mapping[str, Any], options: TrainOptions, hooks: Hooks, guard: Guard, iteration: int
+) -> Path:
     """Writes the checkpoint of `iteration`, with what the save hook adds to it."""
 
     @torch.no_grad()
@@ -298,7 +328,8 @@ def _save(state: State, out: Path, run: Mapping[str, Any], options: TrainOptions
             with state.ema.applied():
                 hooks.save(iteration, unfinished)
 
-    return state.save(out / "checkpoints", iteration, folder.describe(run), keep=options.keep, extra=extra)
+    about = {**folder.describe(run), "monitors": guard.memory()}
+    return state.save(out / "checkpoints", iteration, about, keep=options.keep, extra=extra)
 
 
 @torch.no_grad()

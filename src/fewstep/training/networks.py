@@ -158,7 +158,7 @@ class Meter:
         self._iterations += 1
 
     def take(self) -> dict[str, float]:
-        total, data = self._total, self._spent.pop("data", 0.0)
+        total, data, monitors = self._total, self._spent.pop("data", 0.0), self._spent.pop("monitors", 0.0)
         record = {f"forwards/{role}": rows / self._batch for role, rows in sorted(self._networks.rows.items())}
         record |= {
             "time/iteration_s": total / self._iterations,
@@ -166,6 +166,7 @@ class Meter:
             "time/rollout_share": self._spent["rollout"] / total,
             "time/network_share": sum(self._spent.values()) / total,
             "time/data_share": data / total,
+            "time/monitors_share": monitors / total,
             "memory/peak_gib": peak_memory(self._device),
         }
         self._iterations, self._total, self._spent = 0, 0.0, defaultdict(float)

@@ -12,7 +12,10 @@ from fewstep.training.optimisers import Optimiser, require
 
 #: Options that may change when a run is resumed: they decide what is written and when, or only the rounding.
 FREE_ON_RESUME = frozenset(
-    {"microbatch", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard", "tracker"}
+    {
+        *("microbatch", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard"),
+        *("tracker", "on_alarm", "patience"),
+    }
 )
 
 
@@ -72,12 +75,18 @@ class TrainOptions:
     tracker: str = "none"
     """Where else the log goes: `wandb`, `mlflow` or `trackio`, each an extra of that name; `none`: nowhere."""
 
+    on_alarm: Literal["warn", "act", "off"] = "warn"
+    """What monitors do (docs/monitors.md): `warn` tells; `act` also skips bad steps, rolls back with lower rates, or
+    stops; `off` does not look. A loss that is not finite stops the run unless they `act`."""
+    patience: int = 0
+    """Evaluations without a better score after which the run ends; 0: it never ends early."""
+
     def validate(self) -> None:
         """Raises FewstepError that names the first option outside its range."""
         for name in ("iterations", "batch", "keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         never_negative = ("microbatch", "seed", "warmup", "student_rate", "critic_rate", "weight_decay", "student_clip")
-        every = ("critic_clip", "log_every", "sample_every", "evaluate_every", "checkpoint_every")
+        every = ("critic_clip", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "patience")
         for name in never_negative + every:
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
         for name in ("beta1", "beta2", "ema_decay"):
@@ -87,6 +96,9 @@ class TrainOptions:
         require(self.optimiser)
         self._require("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
         self._require("precision", self.precision in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16")
+        self._require("on_alarm", self.on_alarm in ("warn", "act", "off"), "warn, act or off")
+        may_wait = self.evaluate_every > 0 or not self.patience
+        self._require("patience", may_wait, "0 where evaluate_every is 0, as nothing is scored")
         self._require("warmup", self.warmup <= self.iterations, f"at most iterations = {self.iterations}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:

@@ -51,6 +51,10 @@ class State:
         """What the other processes do while the first one is in `save`, where the state is sharded."""
         checkpoint.give(self._contents()[0])
 
+    def student_tensors(self) -> Mapping[str, Tensor]:
+        """The student as it is exported: its average, if one is kept."""
+        return self.ema.tensors or self.student.parameters
+
     def _contents(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         """Tensors by group, and facts for state.json."""
         groups: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.tensors}
@@ -60,8 +64,10 @@ class State:
             facts[f"{trainee.role}_loss_scaler"] = trainee.scaler.state_dict()
         return groups, facts
 
-    def restore(self, parent: Path, found: checkpoint.Checkpoint | None, group: Group, iterations: int) -> int:
-        """Takes over the checkpoint that the first process has `found`, if any; the iteration it is of, else 0.
+    def restore(
+        self, parent: Path, found: checkpoint.Checkpoint | None, group: Group, iterations: int
+    ) -> tuple[int, dict[str, Any]]:
+        """Takes over the checkpoint that the first process has `found`, if any; its iteration and state, else 0, {}.
 
         FewstepError if that is beyond `iterations`. Without a checkpoint the first process gives its parameters to all;
         not sharded ones, which every process has read from the same files or drawn from the same seed.
@@ -70,19 +76,23 @@ class State:
         reached = group.largest(0 if found is None else found.iteration, device)
         if reached == 0:
             if self.sharded:
-                return 0
+                return 0, {}
             group.same_([p.detach() for trainee in self.trainees for p in trainee.parameters.values()])
             group.same_(self.ema.tensors.values())
-            return 0
+            return 0, {}
         found = found or checkpoint.inspected(parent, reached)
         if found.iteration > iterations:
             raise FewstepError(
                 f"found the run already at iteration {found.iteration}, expected at most iterations = {iterations}, "
                 "fix: raise --iterations or choose another --out"
             )
+        self.take(found)
+        return found.iteration, found.state
+
+    def take(self, found: checkpoint.Checkpoint) -> None:
+        """Takes over a checkpoint of this run."""
         for trainee in self.trainees:
             optimiser, scaler = found.tensors(f"{trainee.role}_optimiser"), found.state[f"{trainee.role}_loss_scaler"]
             trainee.load(found.tensors(trainee.role), optimiser, scaler)
         copy_tensors(self.ema.tensors, found.tensors("ema"), "ema")
         self.ema.updates = found.state["ema_updates"]
-        return found.iteration

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,6 +28,8 @@ class Update:
     loss: float
     gradient_norm: float
     metrics: dict[str, Tensor]
+    stepped: bool = True
+    """False where an infinite or undefined gradient made it leave the weights alone."""
 
 
 class Trainee:
@@ -54,13 +57,16 @@ class Trainee:
         betas = (float(options.beta1), float(options.beta2))
         self.optimiser = make_optimiser(options.optimiser, self._list, betas, options.weight_decay)
         self.scaler = torch.amp.GradScaler(self._list[0].device.type, enabled=options.precision == "fp16")
+        self.slowed = 1.0
+        """By what a roll-back has multiplied the learning rate."""
 
     def update(self, losses: Iterable[Loss], iteration: int) -> Update:
         """One optimiser step on the mean of `losses` over all samples of all micro-batches and processes.
 
-        `losses` is consumed one micro-batch at a time, each followed by its backward pass. FewstepError, and no step,
-        if the loss or its gradient is not finite; in fp16 an overflowing gradient only skips the step and halves the
-        loss scale.
+        `losses` is consumed one micro-batch at a time, each followed by its backward pass. If the loss or its gradient
+        is not finite there is no step, and FewstepError unless alarms are acted on; in fp16 an overflowing gradient
+        only skips the step and halves the loss scale. Where a loss says where samples are to move (`Loss.pulls`), the
+        metric pull_alignment is the mean cosine between that and minus the gradient that reaches them.
         """
         self.optimiser.zero_grad()  # of what the other role's sharded backward has left here
         mean = torch.zeros((), device=self._list[0].device)
@@ -69,24 +75,30 @@ class Trainee:
             if not loss.values.requires_grad:
                 raise self._unreached(iteration)
             share = loss.values.sum() / self._options.batch
+            cosines: list[Tensor] = []
+            for sample, toward in loss.pulls:
+                if sample.requires_grad:
+                    sample.register_hook(partial(_note_alignment, cosines, toward))
             with self._watch("backward"):
                 if self.sharded:
                     (share * self._group.size).backward()  # FSDP takes the mean over the processes
                 else:
                     self.scaler.scale(share).backward(inputs=self._list)  # a loss may lead through the other role, too
             mean += share.detach()
-            for name, value in loss.metrics.items():
+            aligned = {"pull_alignment": torch.stack(cosines).mean()} if cosines else {}
+            for name, value in (loss.metrics | aligned).items():
                 metrics[name] = metrics.get(name, 0) + value * (len(loss.values) / self._options.batch)
         self._gather_gradients(mean, iteration)
         norm = whole(nn.utils.clip_grad_norm_(self._list, self._clip))
         value, size = torch.stack([mean, norm.to(mean)]).tolist()
-        self._refuse_non_finite(value, size, iteration)
-        for settings in self.optimiser.param_groups:
-            settings["lr"] = self._options.rate(self.role, iteration)
-        self.scaler.step(self.optimiser)
+        finite = math.isfinite(value) and math.isfinite(size)
+        if finite or self._overflowed(value, size, iteration):
+            for settings in self.optimiser.param_groups:
+                settings["lr"] = self._options.rate(self.role, iteration) * self.slowed
+            self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad()  # the memory of gradients is the other role's now
-        return Update(value, size, metrics)
+        return Update(value, size, metrics, finite)
 
     def _gather_gradients(self, mean: Tensor, iteration: int) -> None:
         """Sums loss and gradients over the processes and takes the loss scale out. A missing gradient counts as 0."""
@@ -105,10 +117,12 @@ class Trainee:
             "fix: see that they require gradients when the network is called (switching adapters may turn that off)"
         )
 
-    def _refuse_non_finite(self, loss: float, norm: float, iteration: int) -> None:
-        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if math.isfinite(loss) and (math.isfinite(norm) or overflow):
-            return
+    def _overflowed(self, loss: float, norm: float, iteration: int) -> bool:
+        """Whether it is a gradient beyond fp16, which the scaler knows how to skip; else False, or FewstepError."""
+        if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            return True
+        if self._options.on_alarm == "act":
+            return False
         raise FewstepError(
             f"found a {self.role} loss of {loss:g} with gradient norm {norm:g} at iteration {iteration}, "
             f"expected finite numbers, fix: lower {self.role}_rate, or use a wider precision"
@@ -142,6 +156,11 @@ def copy_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], wh
         )
     for name, target in targets.items():
         fill_(target, values[name])
+
+
+def _note_alignment(cosines: list[Tensor], toward: Tensor, gradient: Tensor) -> None:
+    """A backward hook: changes nothing."""
+    cosines.append(torch.cosine_similarity(-gradient.float().flatten(1), toward.float().flatten(1), dim=1).mean())
 
 
 def _as_shard(value: Tensor, parameter: nn.Parameter) -> Tensor:
