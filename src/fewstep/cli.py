@@ -11,6 +11,7 @@ from importlib import import_module
 
 COMMANDS = {
     "distill": "distil a teacher into a few-step student",
+    "reproduce": "make a run again from its run.json and compare, to the bit",
     "cache": "encode prompts to disk ahead of distillations",
     "plan": "memory, time and cost of a run before it is launched, and what to change if it does not fit",
     "sample": "draw pictures with a student or the teacher",

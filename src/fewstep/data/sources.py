@@ -33,6 +33,9 @@ USUAL_COLUMNS = ("prompt", "text", "caption")
 class Prompts(Sequence[str]):
     """Prompts that have been checked: texts without blanks around them, none of them empty."""
 
+    source: str | None = None
+    """PATH or PATH:COLUMN that they were read from, the path in full."""
+
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self._text(at) for at in range(*place.indices(len(self)))]
@@ -102,6 +105,7 @@ def read_prompts(where: str | Path) -> Prompts:
             prompts = _lines(path, column)
     if not len(prompts):
         raise FewstepError(f"found no prompt in {where}, expected at least one text, fix: write one on a line")
+    prompts.source = str(path.absolute()) + (f":{column}" if column else "")
     return prompts
 
 

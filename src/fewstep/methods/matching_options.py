@@ -17,6 +17,7 @@ from fewstep.losses.critic import CriticWeight
 from fewstep.losses.divergence import Divergence
 from fewstep.losses.matching import Metric, Normaliser
 from fewstep.methods.tau import TauLaw, tau_bounds
+from fewstep.unread import refuse_unread
 
 if TYPE_CHECKING:
     from fewstep.methods.base import ChainNoise, Method
@@ -41,7 +42,8 @@ class MatchingOptions:
 
     # The path
     steps: int = 4
-    """Network calls K of the student, 1 or more; with step_counts, the one used when none is asked for."""
+    """Network calls K of the student, 1 or more. With step_counts nothing reads it: the largest of them is used when
+    none is asked for."""
     step_counts: tuple[int, ...] = ()
     """Each sample's K is drawn from these (TDM-unify). Empty: always `steps`."""
     steps_condition: bool = False
@@ -138,6 +140,7 @@ class MatchingOptions:
         self._validate_ranges()
         self._validate_path()
         self._validate_terms()
+        self._validate_unread()
 
     def require_choices(self, choices: dict[str, tuple[str, ...]]) -> None:
         """Refuses a value that is not among those named for its field."""
@@ -167,6 +170,12 @@ class MatchingOptions:
         require(min(counts) >= 1, "step counts", counts, "1 or more", "use 1 to 8 steps")
         require(len(set(counts)) == len(counts), "step_counts", counts, "each once", "drop the repeated ones")
         require(self.steps in counts, "steps", self.steps, f"one of step_counts {counts}", "add it or change it")
+        if self.step_counts and self.steps not in (type(self).steps, max(counts)):
+            raise contradiction(
+                f"steps {self.steps} with the step counts {counts}",
+                "the largest of them, which such a student makes unless it is asked for another",
+                "leave steps out and ask for a count when sampling",
+            )
         if self.steps_condition and not self.step_counts:
             raise contradiction("steps_condition without step_counts", "a set of step counts to tell apart", "add one")
         if self.grid and (self.step_counts or len(self.grid) != self.steps):
@@ -198,6 +207,26 @@ class MatchingOptions:
                         "room between tau_min and that, less the margins",
                         "lower tau_min or margin, or use fewer steps",
                     )
+
+    def _validate_unread(self) -> None:
+        """Refuses options that nothing reads in the place of passing them over."""
+        guided, apart = self.guidance_scale != 1, self.guidance == "decoupled"
+        for names, read, beside in (
+            (("logit_mean", "logit_std"), self.tau_law == "logit_normal", "tau_law 'logit_normal'"),
+            (("snr_cap",), self.critic_weight == "min_snr", "critic_weight 'min_snr'"),
+            (("huber_c",), self.metric != "l2", "a Huber metric"),
+            (("guidance",), guided, "a guidance_scale other than 1"),
+            (("guidance_levels", "joint_normaliser"), guided and apart, "guidance 'decoupled' of a scale other than 1"),
+            (("joint_normaliser",), self.normaliser != "none", "a normaliser"),
+            (("ratio_clip", "ratio_bins"), self.divergence != "reverse_kl", "a divergence other than 'reverse_kl'"),
+            (
+                ("discriminator_weight",),
+                self.gan_weight > 0 or self.divergence != "reverse_kl",
+                "a gan_weight above 0, or a divergence other than 'reverse_kl',",
+            ),
+        ):
+            if not read:
+                refuse_unread(self, names, beside)
 
 
 def require(good: bool, name: str, found: Any, expected: str, fix: str) -> None:

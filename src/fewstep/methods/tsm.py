@@ -27,6 +27,7 @@ from fewstep.errors import FewstepError
 from fewstep.losses.critic import CriticWeight, critic_weight
 from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, spread_metrics
 from fewstep.methods.matching_options import require
+from fewstep.unread import refuse_unread
 
 Points = Literal["path", "data"]
 
@@ -85,6 +86,10 @@ class TSMOptions:
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0", "leave it at its default")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more", "1 means none")
         require(0 < self.tau_min < 1, "tau_min", self.tau_min, "a time in (0, 1)", "use 0.02")
+        if self.points == "data":
+            refuse_unread(self, ["path_steps"], "points 'path'")
+        if self.weight != "min_snr":
+            refuse_unread(self, ["snr_cap"], "weight 'min_snr'")
 
 
 class TSM:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from fewstep.errors import FewstepError
 from fewstep.training.optimisers import Optimiser, require
+from fewstep.unread import refuse_unread
 
 #: Options that may change when a run is resumed: they decide what is written and when, or only the rounding.
 FREE_ON_RESUME = frozenset(
@@ -88,6 +89,8 @@ class TrainOptions:
         self._require("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
         self._require("precision", self.precision in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16")
         self._require("warmup", self.warmup <= self.iterations, f"at most iterations = {self.iterations}")
+        if self.schedule == "constant":
+            refuse_unread(self, ["final_rate"], "schedule 'cosine'")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
