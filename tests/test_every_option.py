@@ -180,7 +180,7 @@ SHORT = TrainOptions(
 TRAIN: dict[str, Any] = {
     "iterations": 5, "batch": 4, "microbatch": 3, "seed": 1, "student_rate": 1e-3, "critic_rate": 1e-3,
     "optimiser": "adamw8bit", "beta1": 0.5, "beta2": 0.9, "weight_decay": 5.0, "schedule": "constant", "warmup": 3,
-    "final_rate": 0.5, "student_clip": 1e-3, "critic_clip": 1e-3, "ema_decay": 0.5, "precision": "bf16",
+    "final_rate": 0.5, "student_clip": 1e-3, "critic_clip": 1e-3, "ema_decay": 0.1, "precision": "bf16",
     "log_every": 1, "sample_every": 2, "evaluate_every": 2, "checkpoint_every": 3, "keep": 1, "tensorboard": True,
     "tracker": "listed",
 }  # fmt: skip
