@@ -42,6 +42,7 @@ from fewstep.unread import refuse_unread
 STUDENT_FOLDER, LORA_FOLDER = "student", "lora"
 _OF_ROLES = ("roles", "rank", "alpha", "student_rate", "critic_rate")  # hold for a recipe's kind of roles alone
 _MEASURED = 64
+_LARGEST_RANK = 2**14
 MEMORY_ONLY = ("checkpointing", "compile", "shard")
 """Options of roles that change memory or speed and not the result: a run may be resumed with others."""
 
@@ -92,8 +93,13 @@ class RoleOptions:
         """Refuses options that nothing reads with a method of such needs; see `refuse_unread` for `usual`.
 
         Raises:
-            FewstepError: with what would read them.
+            FewstepError: with what would read them, or of a size that no layer has.
         """
+        for name in ("rank", "critic_rank"):
+            if (value := getattr(self, name)) is not None and not 1 <= value <= _LARGEST_RANK:
+                raise FewstepError(
+                    f"found {name} = {value}, expected at least 1 and at most {_LARGEST_RANK}, fix: 16 to 64 are usual"
+                )
         critic = needs.critic or (needs.discriminator and self.features(needs) == "critic")
         of_student, of_critic = self.roles == "adapters", critic and self.roles != "copies"
         for names, read, beside in (

@@ -59,6 +59,11 @@ def main(arguments: list[str] | None = None) -> None:
         import_module(f"fewstep.commands.{words[0]}").main(words[1:])
     except FewstepError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(
+            f"found {str(error)[:300]} ({type(error).__name__}), expected files and folders that can be read and "
+            "written, fix: check the paths and their permissions"
+        )
 
 
 def _fail(message: str) -> None:

@@ -61,8 +61,12 @@ def replace_file(path: Path, content: bytes) -> Path:
     """Writes `path` under a temporary name and renames it, so that nobody ever sees half a file. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
     return path
 
 

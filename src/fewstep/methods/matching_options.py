@@ -6,7 +6,8 @@ parts of one method can be had in another by options alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
@@ -22,6 +23,8 @@ from fewstep.unread import refuse_unread
 if TYPE_CHECKING:
     from fewstep.methods.base import ChainNoise, Method
 
+MOST = 1000
+"""Above it a number of calls, updates or bins is taken for a mistake."""
 Guidance = Literal["coupled", "decoupled"]
 GuidanceLevels = Literal["cleaner", "full", "shared", "noisier"]
 
@@ -137,6 +140,7 @@ class MatchingOptions:
             FewstepError: with what was found, what was expected and the likely fix.
         """
         self.require_choices(_CHOICES)
+        require_finite(self)
         self._validate_ranges()
         self._validate_path()
         self._validate_terms()
@@ -154,8 +158,8 @@ class MatchingOptions:
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0", "leave it at its default")
         for name in ("teacher_regularisation", "guidance_scale", "gan_weight"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more", "leave it at its default")
-        require(self.critic_updates >= 1, "critic_updates", self.critic_updates, "1 or more", "use 1 to 5")
-        require(self.ratio_bins >= 1, "ratio_bins", self.ratio_bins, "1 or more", "use 10")
+        require(1 <= self.critic_updates <= MOST, "critic_updates", self.critic_updates, f"1 to {MOST}", "use 1 to 5")
+        require(1 <= self.ratio_bins <= MOST, "ratio_bins", self.ratio_bins, f"1 to {MOST}", "use 10")
         low, high = self.ratio_clip
         require(0 < low < 1 < high, "ratio_clip", self.ratio_clip, "numbers below and above 1", "use (0.1, 20)")
         start = self.start_time
@@ -168,6 +172,7 @@ class MatchingOptions:
     def _validate_path(self) -> None:
         counts = self.counts
         require(min(counts) >= 1, "step counts", counts, "1 or more", "use 1 to 8 steps")
+        require(max(counts) <= MOST, "step counts", counts, f"{MOST} or fewer", "use 1 to 8 steps")
         require(len(set(counts)) == len(counts), "step_counts", counts, "each once", "drop the repeated ones")
         require(self.steps in counts, "steps", self.steps, f"one of step_counts {counts}", "add it or change it")
         if self.step_counts and self.steps not in (type(self).steps, max(counts)):
@@ -233,6 +238,15 @@ def require(good: bool, name: str, found: Any, expected: str, fix: str) -> None:
     """Raises a FewstepError about the option `name` unless `good`."""
     if not good:
         raise FewstepError(f"found {name} = {found}, expected {expected}, fix: {fix}")
+
+
+def require_finite(options: Any) -> None:
+    """Refuses nan and infinity in any field of a dataclass."""
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        good = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        require(good, entry.name, value, "a finite number", "leave it at its default")
 
 
 def contradiction(found: str, expected: str, fix: str) -> FewstepError:

@@ -17,6 +17,10 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+_MOST, _LARGEST_BATCH = 2**31, 2**20
+"""Counts above them are taken for a mistake."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Everything the trainer reads. What the *method* reads (steps, guidance, critic updates) is in its own options.
@@ -81,6 +85,11 @@ class TrainOptions:
         every = ("critic_clip", "log_every", "sample_every", "evaluate_every", "checkpoint_every")
         for name in never_negative + every:
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
+        for name in ("iterations", "warmup", "keep", *every[1:]):
+            self._require(name, getattr(self, name) < _MOST, f"below {_MOST}")
+        for name in ("batch", "microbatch"):
+            self._require(name, getattr(self, name) <= _LARGEST_BATCH, f"at most {_LARGEST_BATCH}")
+        self._require("seed", self.seed < 2**63, "below 2^63")
         for name in ("beta1", "beta2", "ema_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("final_rate", 0 <= self.final_rate <= 1, "between 0 and 1")
