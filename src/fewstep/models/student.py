@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core import grids as time_grids
+from fewstep.core.files import load_json
 from fewstep.core.solvers import SOLVERS
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
@@ -179,7 +179,7 @@ def read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
             "student's folder (a teacher is loaded with load_teacher)"
         )
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = load_json(path)
         if card["format"] != CARD_FORMAT or card["form"] not in ("pipeline", "lora", "comfyui", "merged"):
             raise ValueError(f"format {card['format']}, form {card['form']}")
         grids = {int(count): torch.tensor(grid, dtype=torch.float64) for count, grid in card["grids"].items()}

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fewstep.core.files import load_json
 from fewstep.errors import FewstepError
 from fewstep.training import checkpoint
 
@@ -49,15 +50,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record["configuration"], dict) or not isinstance(record["versions"], dict):
-            raise ValueError("no configuration")
-        record["configuration_hash"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        return _described(load_json(path))
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise FewstepError(
             f"found no readable {path} ({type(error).__name__}: {error}), expected what a run writes there, "
             "fix: check the path, or train again into another folder"
         ) from error
+
+
+def _described(record: dict[str, Any]) -> dict[str, Any]:
+    """`record`, if it says what `describe` does; else a ValueError, LookupError or TypeError."""
+    if not isinstance(record["configuration"], dict) or not isinstance(record["versions"], dict):
+        raise ValueError("no configuration, or no versions")
+    record["configuration_hash"]
     return record
 
 
@@ -115,7 +120,14 @@ def begin(
     found = checkpoint.newest(folder / "checkpoints")
     began = _began(folder, found) if record.exists() else {}
     if found is not None:
-        _refuse_other(found.state, configuration, found.folder)
+        try:
+            state = _described(found.state)
+        except (ValueError, LookupError, TypeError) as error:
+            raise FewstepError(
+                f"found a state.json in {found.folder} that does not say what it is of ({type(error).__name__}: "
+                f"{error}), expected what a run writes, fix: move this checkpoint away, so that the one before is used"
+            ) from error
+        _refuse_other(state, configuration, found.folder)
     elif began:
         _refuse_other(began, configuration, record)
     more = {name: began[name] if name in began else note() for name, note in _NOTES.get().items()}
