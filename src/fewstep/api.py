@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch import Tensor
 
 from fewstep.caching import make_cache
@@ -72,7 +73,7 @@ class RoleOptions:
     """Rank of the student's adapter, 1 or more."""
     critic_rank: int | None = None
     """Rank of the critic's adapter; the student's unless told."""
-    alpha: float | None = None
+    alpha: Annotated[float | None, tyro.conf.arg(name="lora-alpha")] = None
     """LoRA alpha, above 0: adapters are scaled by alpha / rank; each adapter's own rank unless told, scale 1."""
     layers: Literal["attention+ff", "all-linear"] = "attention+ff"
     """Which layers take adapters."""

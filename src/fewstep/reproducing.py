@@ -30,6 +30,8 @@ from fewstep.training.options import TrainOptions
 
 OF_THE_MOMENT = ("time/", "memory/")
 """Numbers of a log line that no two runs share."""
+_SIDES = ("height", "width", "num_frames")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _T = TypeVar("_T")
 
 
@@ -58,6 +60,29 @@ class Reproduction:
         lines += [f"other surroundings: {one}" for one in self.surroundings]
         lines += [f"differs: {one}" for one in self.differences] or ["equal to the bit"]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a run was asked for, as its run.json says."""
+
+    teacher: dict[str, Any]
+    """Arguments of `load_teacher`."""
+    teacher_steps: int
+    teacher_guidance: float
+    digest: str
+    """Of the teacher's files."""
+    options: Options
+    roles: RoleOptions
+    train: TrainOptions
+    text: TextOptions
+    sizes: list[str]
+    prompts: str | None
+    fingerprint: dict[str, Any]
+    """Of the prompts."""
+    given: list[str]
+    machine: dict[str, Any]
+    versions: dict[str, str]
 
 
 def reproduce(
@@ -90,45 +115,28 @@ def reproduce(
     if out.resolve() == run.resolve():
         raise FewstepError(f"found {out} as the run and its copy, expected two folders, fix: choose another --out")
     parts = _parts(run)
-    record = read_record(run / parts[0])
-    origin, configuration = record.get(ORIGIN), record["configuration"]
-    if not isinstance(origin, dict):
-        raise FewstepError(
-            f"found no {ORIGIN!r} in {run / parts[0] / RECORD}, expected that of a run which fewstep.distill began (an "
-            "earlier version, MSD's parts and fewstep.training.train leave none), fix: repeat the call that made it"
-        )
+    asked = _asked(run / parts[0])
     for part in parts:
-        _require_finished(run / part)
+        _require_finished(run / part, asked.train.iterations)
     passed = {"real": real is not None, "pairs": pairs is not None, "hooks": True}
-    if missing := [name for name in origin["given"] if not passed[name]]:
+    if missing := [name for name in asked.given if not passed.get(name)]:
         raise FewstepError(
             f"found a run with {' and '.join(missing)} passed in Python, which no file holds, expected the same again, "
             f"fix: fewstep.reproduce(..., {missing[0]}=...)"
         )
-    teacher = _teacher(origin, record)
-    texts = _prompts(origin, configuration, prompts, run)
+    teacher, texts = _teacher(asked), _prompts(asked, prompts)
     threads = torch.get_num_threads()
-    torch.set_num_threads(origin["machine"]["threads"])
+    torch.set_num_threads(asked.machine["threads"])
     try:
         here = machine(teacher.backbone.device)
         distill(
-            teacher,
-            _options(configuration["method"]),
-            out=out,
-            prompts=texts,
-            real=real,
-            pairs=pairs,
-            roles=_restored(RoleOptions, origin["roles"]),
-            train_options=_restored(TrainOptions, record["options"]),
-            text=_restored(TextOptions, _with_path(origin["text"])),
-            sizes=origin["sizes"],
-            hooks=hooks,
-            resume=True,
-        )
+            teacher, asked.options, out=out, prompts=texts, real=real, pairs=pairs, roles=asked.roles,
+            train_options=asked.train, text=asked.text, sizes=asked.sizes, hooks=hooks, resume=True,
+        )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
-    surroundings = differing(record["versions"], describe({})["versions"]) + differing(origin["machine"], here)
-    ignored = (*OF_THE_MOMENT, "evaluate/") if "hooks" in origin["given"] and hooks is None else OF_THE_MOMENT
+    surroundings = differing(asked.versions, describe({})["versions"]) + differing(asked.machine, here)
+    ignored = (*OF_THE_MOMENT, "evaluate/") if "hooks" in asked.given and hooks is None else OF_THE_MOMENT
     compared, differences = [], []
     for part in parts:
         lines, found = _compare_logs(run / part, out / part, ignored)
@@ -150,62 +158,103 @@ def _parts(run: Path) -> list[Path]:
     return found
 
 
-def _require_finished(run: Path) -> None:
-    wanted, found = read_record(run)["options"]["iterations"], checkpoint.newest(run / "checkpoints")
-    if found is None or found.iteration != wanted:
+def _asked(run: Path) -> _Asked:
+    """What run.json says that was asked for.
+
+    Raises:
+        FewstepError: it does not say it, or it is nothing that this version knows.
+    """
+    record = read_record(run)
+    if not isinstance(record.get(ORIGIN), dict):
+        raise FewstepError(
+            f"found no {ORIGIN!r} in {run / RECORD}, expected that of a run which fewstep.distill began (an earlier "
+            "version, MSD's parts and fewstep.training.train leave none), fix: repeat the call that made it"
+        )
+    origin, configuration = record[ORIGIN], record["configuration"]
+    try:
+        told, given = origin["teacher"], [str(name) for name in origin["given"]]
+        asked = _Asked(
+            teacher={
+                "source": str(told["source"]),
+                "dtype": _DTYPES[told["dtype"]],
+                "quantised": told["quantised"],
+                **{name: int(told["size"][name]) for name in told["size"].keys() & set(_SIDES)},
+            },
+            teacher_steps=int(told["steps"]),
+            teacher_guidance=float(told["guidance_scale"]),
+            digest=str(record[DATA]["teacher"]),
+            options=_options(configuration["method"]),
+            roles=_restored(RoleOptions, origin["roles"]),
+            train=_restored(TrainOptions, record["options"]),
+            text=_restored(TextOptions, _with_path(origin["text"])),
+            sizes=[str(size) for size in origin["sizes"]],
+            prompts=None if origin["prompts"] is None else str(origin["prompts"]),
+            fingerprint={"count": configuration["prompts"]["count"], "hash": configuration["prompts"]["hash"]},
+            given=given,
+            machine=dict(origin["machine"]),
+            versions=record["versions"],
+        )
+        asked.train.validate()
+        asked.roles.validate(asked.options.build().needs, asked.roles)
+        if not (isinstance(asked.machine["threads"], int) and asked.machine["threads"] > 0):
+            raise ValueError(f"threads {asked.machine['threads']}")
+        asked.machine["device"]
+    except FewstepError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise FewstepError(
+            f"found {run / RECORD} that does not say what was asked for ({type(error).__name__}: {error}), expected "
+            "what fewstep.distill writes there, fix: repeat the call that made the run"
+        ) from error
+    return asked
+
+
+def _require_finished(run: Path, iterations: int) -> None:
+    found = checkpoint.newest(run / "checkpoints")
+    if found is None or found.iteration != iterations:
         at = "without a checkpoint" if found is None else f"at iteration {found.iteration}"
         raise FewstepError(
-            f"found the run {run} {at}, expected it finished at iteration {wanted}, fix: resume it first (--resume)"
+            f"found the run {run} {at}, expected it finished at iteration {iterations}, fix: resume it first (--resume)"
         )
 
 
-def _teacher(origin: Mapping[str, Any], record: Mapping[str, Any]) -> Teacher:
+def _teacher(asked: _Asked) -> Teacher:
     """The teacher as it was loaded; on the CPU where there is no device of its kind.
 
     Raises:
         FewstepError: its files are others by now.
     """
-    told, device = origin["teacher"], origin["machine"]["device"]
-    teacher = load_teacher(
-        told["source"],
-        dtype=getattr(torch, told["dtype"]),
-        device=device if device != "cuda" or torch.cuda.is_available() else "cpu",
-        **told["size"],
-        defer=origin["roles"]["shard"],
-        quantised=told["quantised"],
-    )
-    teacher.steps, teacher.guidance_scale = told["steps"], told["guidance_scale"]
-    if teacher_digest(teacher) != record[DATA]["teacher"]:
+    device = "cuda" if asked.machine["device"] == "cuda" and torch.cuda.is_available() else "cpu"
+    teacher = load_teacher(**asked.teacher, device=device, defer=asked.roles.shard)
+    teacher.steps, teacher.guidance_scale = asked.teacher_steps, asked.teacher_guidance
+    if teacher_digest(teacher) != asked.digest:
         raise FewstepError(
-            f"found other files in the teacher's folder {told['source']} than the run was made with, expected the "
-            "same, fix: restore that folder"
+            f"found other files in the teacher's folder {asked.teacher['source']} than the run was made with, expected "
+            "the same, fix: restore that folder"
         )
     return teacher
 
 
-def _prompts(
-    origin: Mapping[str, Any], configuration: Mapping[str, Any], told: Sequence[str] | str | Path | None, run: Path
-) -> Sequence[str] | None:
+def _prompts(asked: _Asked, told: Sequence[str] | str | Path | None) -> Sequence[str] | None:
     """The prompts, which are the run's own; None for the embedded teacher's captions.
 
     Raises:
         FewstepError: nothing says where they are, or they are others.
     """
-    source = origin["prompts"] if told is None else told
+    source = asked.prompts if told is None else told
     if source is None:
         raise FewstepError(
-            f"found a run with prompts that were passed in Python ({run}), expected them again, as no file holds them, "
+            "found a run with prompts that were passed in Python, expected them again, as no file holds them, "
             "fix: fewstep.reproduce(..., prompts=[...]), or --prompts FILE"
         )
     if source == OWN:
         return None
     texts = read_prompts(source) if isinstance(source, str | Path) else list(source)
-    now = _fingerprint(texts)
-    if now != configuration["prompts"]:
+    now, before = _fingerprint(texts), asked.fingerprint
+    if now != before:
         raise FewstepError(
             f"found other prompts ({now['count']}, hash {now['hash']}) than the run was made with "
-            f"({configuration['prompts']['count']}, hash {configuration['prompts']['hash']}), expected the same, "
-            "fix: restore the file"
+            f"({before['count']}, hash {before['hash']}), expected the same, fix: restore the file"
         )
     return texts
 
