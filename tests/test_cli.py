@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.cli import COMMANDS, main
+from fewstep.methods import METHODS
 
 QUICK = ["--iterations", "2", "--batch", "4", "--warmup", "1", "--log-every", "1", "--no-tensorboard"]
 
@@ -52,6 +53,15 @@ def test_every_command_explains_its_options(command: str, capsys: pytest.Capture
         main([command, "--help"])
     assert stopped.value.code == 0
     assert f"usage: fewstep {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_command_line(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its options are beside those of roles and of the trainer: no two may have one name."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", method, "--help"])
+    assert stopped.value.code == 0
+    assert "--lora-alpha" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("action", ["train", "reference", "table", "card", "sprites"])

@@ -14,11 +14,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_API = ("distill", "evaluate", "load_student", "load_teacher", "sample")
+_API = dict.fromkeys(("distill", "evaluate", "load_student", "load_teacher", "sample"), "fewstep.api")
+_API["reproduce"] = "fewstep.reproducing"
 __all__ = [*_API, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("fewstep.api"), name)
+    return getattr(import_module(_API[name]), name)

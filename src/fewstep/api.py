@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch import Tensor
 
 from fewstep.attention import Layout
@@ -37,6 +38,7 @@ from fewstep.models.sharding import collected, shard
 from fewstep.models.sizes import SizeList
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
+from fewstep.provenance import EMOJI, OWN, recorded
 from fewstep.streaming.student import CausalStudent
 from fewstep.training.folder import refuse_run, room
 from fewstep.training.loop import Hooks, PairData, RealData, train
@@ -46,12 +48,12 @@ from fewstep.training.monitors.guard import Alarmed
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import Group, leads, process_group
 from fewstep.training.trainee import copy_tensors
+from fewstep.unread import refuse_unread
 
-EMOJI = "emoji"
-"""The name of the embedded teacher."""
 STUDENT_FOLDER, LORA_FOLDER = "student", "lora"
 _OF_ROLES = ("roles", "rank", "alpha", "student_rate", "critic_rate")  # hold for a recipe's kind of roles alone
 _MEASURED = 64
+_LARGEST_RANK = 2**14
 MEMORY_ONLY = ("checkpointing", "compile", "shard")
 """Options of roles that change memory or speed and not the result: a run may be resumed with others."""
 
@@ -81,7 +83,7 @@ class RoleOptions:
     """Rank of the student's adapter, 1 or more."""
     critic_rank: int | None = None
     """Rank of the critic's adapter; the student's unless told."""
-    alpha: float | None = None
+    alpha: Annotated[float | None, tyro.conf.arg(name="lora-alpha")] = None
     """LoRA alpha, above 0: adapters are scaled by alpha / rank; each adapter's own rank unless told, scale 1."""
     layers: Literal["attention+ff", "all-linear"] = "attention+ff"
     """Which layers take adapters."""
@@ -93,6 +95,32 @@ class RoleOptions:
     """Translate blocks by torch.compile: seconds to minutes once, then faster on a GPU; no gain on a CPU."""
     discriminator: Literal["method", "critic", "teacher"] = "method"
     """Whose features a discriminator reads, for methods that have one: as in the `method`'s paper, or named."""
+
+    def features(self, needs: Needs) -> Literal["critic", "teacher"]:
+        """Whose features a discriminator of a method with such needs reads."""
+        return needs.features if self.discriminator == "method" else self.discriminator
+
+    def validate(self, needs: Needs, *usual: RoleOptions) -> None:
+        """Refuses options that nothing reads with a method of such needs; see `refuse_unread` for `usual`.
+
+        Raises:
+            FewstepError: with what would read them, or of a size that no layer has.
+        """
+        for name in ("rank", "critic_rank"):
+            if (value := getattr(self, name)) is not None and not 1 <= value <= _LARGEST_RANK:
+                raise FewstepError(
+                    f"found {name} = {value}, expected at least 1 and at most {_LARGEST_RANK}, fix: 16 to 64 are usual"
+                )
+        critic = needs.critic or (needs.discriminator and self.features(needs) == "critic")
+        of_student, of_critic = self.roles == "adapters", critic and self.roles != "copies"
+        for names, read, beside in (
+            (["rank"], of_student or (of_critic and self.critic_rank is None), "an adapter without a rank of its own"),
+            (["critic_rank"], of_critic, "a critic that is an adapter"),
+            (["alpha", "layers"], of_student or of_critic, "adapters"),
+            (["discriminator"], needs.discriminator, "a method with a discriminator (gan_weight above 0)"),
+        ):
+            if not read:
+                refuse_unread(self, names, beside, *usual)
 
 
 def load_teacher(
@@ -216,22 +244,14 @@ def distill(
     options = applied(options, settings) if isinstance(method, str) else options
     roles = roles or applied(RoleOptions(), settings)
     train_options = train_options or applied(TrainOptions(), settings)
-    if isinstance(options, PhasedOptions):
-        from fewstep.several import distill_phases
-
-        told = {"start": start, "reward": reward, "held_out": held_out}
-        if refused := [what for what, value in told.items() if value is not None]:
-            raise FewstepError(
-                f"found {', '.join(refused)} for {name}, a chain of runs whose experts begin as the teacher, expected "
-                "neither of these, fix: leave them out"
-            )
-        return distill_phases(
-            teacher, options, out=out, prompts=prompts, real=real, roles=roles, train_options=train_options,
-            text=text, sizes=sizes, hooks=hooks, resume=resume,
-        )  # fmt: skip
     recipe = _built(options, reward)
     needs = recipe.needs
     train_options.validate()
+    roles.validate(needs, applied(RoleOptions(), settings))
+    if not recipe.critic_updates:
+        usual_training = applied(TrainOptions(), settings)
+        refuse_unread(train_options, ["critic_rate", "critic_clip"], "a critic or discriminator", usual_training)
+    _refuse_unread_data(recipe.name, needs, real, pairs)
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = teacher.backbone
     _check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
@@ -241,6 +261,25 @@ def distill(
             "not supported for it, fix: leave --shard off"
         )
     texts = _training_prompts(backbone.source, prompts)
+    own = {"real": real, "pairs": pairs, "hooks": hooks, "start": start, "reward": reward, "held_out": held_out}
+    given = [name for name, value in own.items() if value is not None]
+    read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
+    told = {"roles": roles, "train": train_options, "text": text or TextOptions()}
+    origin = recorded(teacher, options, read_from, sizes, given, **told)
+    if isinstance(options, PhasedOptions):
+        from fewstep.several import distill_phases
+
+        if refused := [name for name in ("start", "reward", "held_out") if name in given]:
+            raise FewstepError(
+                f"found {', '.join(refused)} for {recipe.name}, a chain of runs whose experts begin as the teacher, "
+                "expected neither of these, fix: leave them out"
+            )
+        refuse_unread(options, ["phase"], "`fewstep.training.train` of one phase (a distillation trains all of them)")
+        with origin:
+            return distill_phases(
+                teacher, options, out=out, prompts=texts, real=real, roles=roles, train_options=train_options,
+                text=text, sizes=sizes, hooks=hooks, resume=resume,
+            )  # fmt: skip
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
         real = _own_scenes(backbone, recipe.name, train_options.seed)
@@ -255,7 +294,7 @@ def distill(
         )  # fmt: skip
     if needs.pairs and pairs is None:
         pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
-    features = needs.features if roles.discriminator == "method" else roles.discriminator
+    features = roles.features(needs)
     grids = [options.time_grid(count) for count in options.counts]
     choose_scheduler(backbone, grids, options.eta, options.chain_noise)  # refuses what no pipeline could sample
     options = with_moments(options, teacher, texts)
@@ -304,7 +343,7 @@ def distill(
             shard(seats, train_options.precision)
         told = {"train": asdict(train_options), **configuration}
         try:
-            with encoding.ready(group):
+            with encoding.ready(group), origin:
                 result = train(
                     recipe,
                     seats,
@@ -360,6 +399,19 @@ def _built(options: Options, reward: Reward | None) -> Method:
             f"found a reward for {options.build().name}, expected one for reward-forcing alone, fix: leave it out"
         )
     return RewardForcing(options, reward)
+
+
+def _refuse_unread_data(method: str, needs: Needs, real: RealData | None, pairs: PairData | None) -> None:
+    """Refuses data that the method does not look at."""
+    for what, data, needed, beside in (
+        ("real data", real, needs.real_data, "a discriminator (gan_weight above 0), which looks at them"),
+        ("pairs", pairs, needs.pairs, "a regression (regression_weight above 0), which looks at them"),
+    ):
+        if data is not None and not needed:
+            raise FewstepError(
+                f"found {what} for {method} with these options, expected {beside}, fix: leave them out, or set the "
+                "option that asks for them"
+            )
 
 
 def size_list(backbone: Backbone, sizes: Sequence[str], needs: Needs, seed: int) -> SizeList | None:

@@ -11,6 +11,7 @@ from importlib import import_module
 
 COMMANDS = {
     "distill": "distil a teacher into a few-step student",
+    "reproduce": "make a run again from its run.json and compare, to the bit",
     "cache": "encode prompts to disk ahead of distillations",
     "plan": "memory, time and cost of a run before it is launched, and what to change if it does not fit",
     "sample": "draw pictures with a student or the teacher",
@@ -59,6 +60,11 @@ def main(arguments: list[str] | None = None) -> None:
         import_module(f"fewstep.commands.{words[0]}").main(words[1:])
     except FewstepError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(
+            f"found {str(error)[:300]} ({type(error).__name__}), expected files and folders that can be read and "
+            "written, fix: check the paths and their permissions"
+        )
 
 
 def _fail(message: str) -> None:

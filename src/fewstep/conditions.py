@@ -16,7 +16,9 @@ from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone
 from fewstep.models.text_encoders import encoder_kinds, freed, load_encoders, offload, text_encoders
+from fewstep.training.folder import noted
 from fewstep.training.parallel import Group
+from fewstep.unread import refuse_unread
 
 CACHE_FOLDER = "cache"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -75,6 +77,8 @@ class Encoding:
                 f"found real data of the kind {type(real).__name__} with a cache of prompts, expected RealImages, "
                 "whose texts are known beforehand, fix: --text-encoder offload (text_encoder='offload')"
             )
+        if mode != "cache":
+            refuse_unread(options, ["cache", "cache_dtype"], "text_encoder 'cache'")
         asked = [texts, real.texts] if isinstance(real, RealImages) else [texts]
         usual = "float32" if embedded else "bfloat16"
         dtype = usual if options.cache_dtype == "auto" else options.cache_dtype
@@ -99,7 +103,8 @@ class Encoding:
             if group.leads:
                 _refuse_changed(self.backbone)
             made = make_cache(self.backbone, self.texts, self.folder, self.dtype, group)
-            with freed(self.backbone, made.encode, made.null()):
+            about = {"key": made.folder.name, "dtype": str(self.dtype).removeprefix("torch.")}
+            with freed(self.backbone, made.encode, made.null()), noted(embedding_cache=lambda: about):
                 yield
             return
         if self.mode == "offload":

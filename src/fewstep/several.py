@@ -181,6 +181,7 @@ def distill_part(
             "leave depth and width at 1, or train for one step count"
         )
     stages = msd_stages(dm, smaller=smaller, gan_weight=gan_weight, tsm=tsm)
+    roles.validate(stages[-1].options.build().needs)
     settings = _by_stage(train_options, [stage.name for stage in stages])
     if not isinstance(parts, int) and prompts is None:
         prompts = [prompt for given in parts for prompt in given]

@@ -360,7 +360,7 @@ def test_presets_are_the_papers() -> None:
     [
         ({"regression_weight": -1.0, "steps": 1}, "regression_weight = -1"),
         ({"regression_weight": 0.25}, "a student of one step"),
-        ({"regression_weight": 0.25, "steps": 1, "step_counts": (1, 2)}, "a student of one step"),
+        ({"regression_weight": 0.25, "steps": 2, "step_counts": (1, 2)}, "a student of one step"),
         ({"tau_min": 0.99}, "tau_min 0.99 with margin"),
         ({"gan_weight": -1.0}, "gan_weight = -1"),
         ({"discriminator_weight": 0.0}, "discriminator_weight = 0"),

@@ -18,6 +18,7 @@ from fewstep.conditions import TextOptions
 from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
 from fewstep.models.quantised import PACKAGES
+from fewstep.training.folder import noted
 
 
 @dataclass(kw_only=True)
@@ -70,6 +71,7 @@ class SizeOptions:
 
 def main(arguments: list[str]) -> None:
     """Parse, distil, say where the student is."""
+    words = ["fewstep", "distill", *arguments]
     method = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tdm"
     options, roles, train = defaults(_given(arguments, "--teacher") or EMOJI, method, _given(arguments, "--roles"))
 
@@ -93,19 +95,20 @@ def main(arguments: list[str]) -> None:
         raise FewstepError(f"found --sizes {sizes} and {size}, expected one or the other, fix: leave one out")
     told = {**run.base, **size, "defer": args.roles.shard}
     teacher = load_teacher(run.teacher, device=choose_device(run.device), **told)
-    distill(
-        teacher,
-        args.method,
-        out=run.out,
-        prompts=prompts,
-        start=run.start,
-        roles=args.roles,
-        train_options=args.train,
-        text=args.text,
-        sizes=sizes,
-        held_out=run.held_out,
-        resume=run.resume,
-    )
+    with noted(command=lambda: words):
+        distill(
+            teacher,
+            args.method,
+            out=run.out,
+            prompts=prompts,
+            start=run.start,
+            roles=args.roles,
+            train_options=args.train,
+            text=args.text,
+            sizes=sizes,
+            held_out=run.held_out,
+            resume=run.resume,
+        )
     if os.environ.get("RANK", "0") == "0":
         print(f"student: {run.out / STUDENT_FOLDER}", file=sys.stderr)
         if (run.out / BEST_FOLDER / STUDENT_FOLDER).is_dir():

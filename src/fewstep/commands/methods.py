@@ -6,15 +6,16 @@ from dataclasses import dataclass, fields
 
 from fewstep.commands.common import parse
 from fewstep.methods import available
+from fewstep.models.card import papers
 
 
 @dataclass(kw_only=True)
 class Methods:
-    """List the methods: paper, what they need, network forwards per sample and iteration."""
+    """List the methods: what they need, network forwards per sample and iteration, the papers to cite."""
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table."""
+    """Print the table, and the papers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -29,4 +30,9 @@ def main(arguments: list[str]) -> None:
         counts = ", ".join(str(count) for count in options.counts)
         what = " ".join((make.__doc__ or method.title).split())
         table.add_row(name, what, method.paper, counts, ", ".join(needs), f"{method.forwards():.2f}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    cited = {paper["arxiv"]: paper for make in available().values() for paper in papers(make().build().paper)}
+    console.print("To cite (BibTeX is in the card of a student and in its run.json):")
+    for paper in cited.values():
+        console.print(f"  arXiv {paper['arxiv']}  {paper['title']}", highlight=False)

@@ -10,6 +10,9 @@ from fewstep.commands.common import choose_device, guidance, load, parse
 from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
 
+MOST = 10_000
+"""Pictures of one call, as they go into one file."""
+
 
 @dataclass(kw_only=True)
 class Sample:
@@ -56,6 +59,10 @@ def main(arguments: list[str]) -> None:
     if min(args.count, args.columns, args.fps) < 1:
         raise FewstepError(
             f"found count {args.count}, columns {args.columns}, fps {args.fps}, expected 1 or more, fix: change them"
+        )
+    if len(texts) * args.count > MOST:
+        raise FewstepError(
+            f"found {len(texts) * args.count} pictures asked for, expected {MOST} at most, fix: lower --count"
         )
     texts = [text for text in texts for _ in range(args.count)]
     sides = {name: getattr(args, name) for name in ("height", "width", "num_frames") if getattr(args, name)}

@@ -41,6 +41,18 @@ def checksum(path: Path) -> str:
     return str(hashed.hexdigest())
 
 
+def load_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is not JSON, or is nested deeper than anything we write.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def check_weights(path: Path) -> None:
     """Looks at the header of a safetensors file, not at its numbers.
 
@@ -101,7 +113,7 @@ def check_index(path: Path) -> dict[str, str]:
         FewstepError: it is not one, or names files that are not safetensors beside it.
     """
     try:
-        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        named = load_json(path)["weight_map"]
         odd = [file for file in named.values() if Path(file).name != file or Path(file).suffix != ".safetensors"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FewstepError(

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import csv
 import json
+import lzma
 import mmap
 import tarfile
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +27,8 @@ from fewstep.errors import FewstepError
 
 LONGEST = 4_000
 """Characters of a prompt above which it is taken for a mistake."""
+_LARGEST_MEMBER = 1 << 24
+"""Bytes of a shard's member above which it is not read."""
 
 USUAL_COLUMNS = ("prompt", "text", "caption")
 """Columns that are looked for, in this order, where none is named."""
@@ -32,6 +36,9 @@ USUAL_COLUMNS = ("prompt", "text", "caption")
 
 class Prompts(Sequence[str]):
     """Prompts that have been checked: texts without blanks around them, none of them empty."""
+
+    source: str | None = None
+    """PATH or PATH:COLUMN that they were read from, the path in full."""
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
@@ -86,23 +93,28 @@ def read_prompts(where: str | Path) -> Prompts:
         FewstepError: no such file, not UTF-8 text, no such column, control characters, an absurdly long prompt (each
             with its place), nothing in it, or a package missing that reading it takes.
     """
-    path, column = _split(where)
-    if path.is_dir():
-        prompts = _folder(path, column)
-    else:
-        kind = path.suffix.lower()
-        readers = {".parquet": _parquet, ".tar": _shards}
-        if kind in readers:
-            prompts = readers[kind]([_readable(path)], column)
-        elif kind in (".jsonl", ".ndjson"):
-            prompts = _jsonl(path, column)
-        elif kind in (".csv", ".tsv"):
-            prompts = _csv(path, column)
-        else:
-            prompts = _lines(path, column)
+    try:
+        path, column = _split(where)
+        prompts = _folder(path, column) if path.is_dir() else _file(path, column)
+    except OSError as error:  # such as a prompt in the place of a path, too long for a name
+        raise FewstepError(
+            f"found {str(where)[:100]!r}, which cannot be read ({error.strerror}), expected the path of a prompts file "
+            "or a folder of them, fix: check the path"
+        ) from error
     if not len(prompts):
         raise FewstepError(f"found no prompt in {where}, expected at least one text, fix: write one on a line")
+    prompts.source = str(path.absolute()) + (f":{column}" if column else "")
     return prompts
+
+
+def _file(path: Path, column: str | None) -> Prompts:
+    kind = path.suffix.lower()
+    readers = {".parquet": _parquet, ".tar": _shards}
+    if kind in readers:
+        return readers[kind]([_readable(path)], column)
+    if kind in (".jsonl", ".ndjson"):
+        return _jsonl(path, column)
+    return _csv(path, column) if kind in (".csv", ".tsv") else _lines(path, column)
 
 
 def _split(where: str | Path) -> tuple[Path, str | None]:
@@ -118,11 +130,14 @@ def _readable(path: Path) -> Path:
         FewstepError: it cannot.
     """
     try:
+        if path.exists() and not path.is_file():  # to open a pipe may take for ever
+            raise OSError("a device or a pipe")
         with path.open("rb"):
             return path
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise FewstepError(
-            f"found no readable prompts file at {path} ({error.strerror}), expected a text, .jsonl, .csv, .parquet or "
+            f"found no readable prompts file at {path} ({reason}), expected a text, .jsonl, .csv, .parquet or "
             ".tar file, or a folder of them, fix: check the path"
         ) from error
 
@@ -208,9 +223,13 @@ def _shards(paths: Sequence[Path], column: str | None) -> Spans:
                             continue
                         found += 1
                         where = f"{member.name} of {path}"
+                        if member.size > _LARGEST_MEMBER:
+                            raise _bad(where, f"{member.size} bytes")
                         data = tar.extractfile(member).read()  # type: ignore[union-attr]
                         yield where, _checked(lambda data: _member(data, column), data, where)
-            except (tarfile.TarError, OSError, EOFError) as error:
+            except FewstepError:
+                raise
+            except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
                 raise FewstepError(
                     f"found {path} that cannot be read to its end ({error}), expected an uncompressed or gzipped tar "
                     "file, fix: fetch or write this shard again"
@@ -252,13 +271,12 @@ def _packed(texts: Iterable[tuple[str, str]]) -> Spans:
 
 def _folder(path: Path, column: str | None) -> Prompts:
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = _listed(path / "dataset_dict.json", "splits")
         raise FewstepError(
             f"found a dataset of the splits {splits} in {path}, expected one of them, fix: pass {path / splits[0]}"
         )
     if (path / "state.json").is_file():
-        files = json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
-        return _arrow([path / file["filename"] for file in files], column)
+        return _arrow([path / name for name in _listed(path / "state.json", "_data_files", "filename")], column)
     for suffix, reader in ((".parquet", _parquet), (".tar", _shards)):
         files = sorted(path.rglob(f"*{suffix}"))
         if files:
@@ -267,6 +285,25 @@ def _folder(path: Path, column: str | None) -> Prompts:
         f"found no readable prompts file at {path} (a folder without a dataset, Parquet files or .tar shards), "
         "expected one of these or a file, fix: check the path"
     )
+
+
+def _listed(path: Path, name: str, within: str | None = None) -> list[str]:
+    """The list of texts called `name` in a JSON file of a dataset, or those called `within` in its entries.
+
+    Raises:
+        FewstepError: there is none.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))[name]
+        texts = entries if within is None else [entry[within] for entry in entries]
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"no names in {name!r}")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise FewstepError(
+            f"found {path} that cannot be read ({type(error).__name__}: {error}), expected what `datasets` writes, "
+            "fix: save the dataset again"
+        ) from error
+    return texts
 
 
 def _parquet(paths: Sequence[Path], column: str | None) -> Columns:
@@ -306,7 +343,7 @@ def _columns(paths: Sequence[Path], chunks: Callable[[Path], Iterator[Any]]) -> 
                 kept.append(chunk if len(full) == len(chunk) else chunk.take(_pyarrow("lib").array(full, "int64")))
         except FewstepError:
             raise
-        except (OSError, ValueError, KeyError) as error:  # pyarrow's own are among these
+        except (OSError, ValueError, LookupError, OverflowError, _pyarrow("lib").ArrowException) as error:
             raise FewstepError(
                 f"found {path} that cannot be read ({error}), expected a whole Parquet or Arrow file, fix: fetch or "
                 "write it again"
@@ -330,7 +367,7 @@ def _column_of(names: Sequence[str], column: str | None, path: Path) -> str:
         return _column(names, column)
     except _NoColumn as error:
         raise FewstepError(
-            f"found {error} in {path}, expected a column of texts, fix: name one, as in {path.name}:{names[0]}"
+            f"found {error} in {path}, expected a column of texts, fix: name one, as in {path.name}:caption"
         ) from error
 
 
@@ -372,7 +409,7 @@ def _checked(parse: Callable[[Any], str], data: Any, where: str) -> str:
         text.encode()  # JSON may hold halves of characters
     except _NoColumn as error:
         raise _bad(where, str(error), "name the column, as in PATH:COLUMN") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _bad(where, _reason(error)) from error
     if any(ord(character) < 32 and character not in "\t\n\r" for character in text):
         raise _bad(where, "control characters (a binary file?)")

@@ -45,6 +45,7 @@ from fewstep.methods.dmd2 import DMD2, DMD2Options
 from fewstep.methods.matching import Pull, Query
 from fewstep.methods.matching_options import Guidance, contradiction, require
 from fewstep.methods.tau import TauLaw
+from fewstep.unread import refuse_unread
 
 Regulariser = Literal["dm", "mean_variance", "gan", "none"]
 MatchingLevels = Literal["full", "cleaner"]
@@ -54,6 +55,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "matching_levels": get_args(MatchingLevels),
 }
 _OF_MATCHING = ("matching_levels", "joint_normaliser", "divergence", "teacher_regularisation", "critic_call_condition")
+_OF_MOMENTS = ("moment_weight", "moment_mean", "moment_variance")
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,13 @@ class DecoupledOptions(DMD2Options):
         require(variance is None or variance > 0, "moment_variance", variance, "a number above 0", "leave it out")
         if self.guidance == "coupled":
             raise contradiction("guidance 'coupled' for Decoupled DMD", "guidance apart", "use the method dmd2")
+        if self.regulariser != "mean_variance":
+            refuse_unread(self, _OF_MOMENTS, "regulariser 'mean_variance'")
         if self.regulariser == "dm":
             return
+        refuse_unread(self, ["critic_weight", "snr_cap"], "regulariser 'dm'")
+        if self.regulariser != "gan":
+            refuse_unread(self, ["critic_updates"], "regulariser 'dm' or 'gan'")
         unread = [f.name for f in fields(self) if f.name in _OF_MATCHING and getattr(self, f.name) != f.default]
         if unread:
             raise contradiction(f"{unread} with regulariser {self.regulariser!r}", "a matching term", "leave them out")

@@ -6,7 +6,8 @@ parts of one method can be had in another by options alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
@@ -17,10 +18,13 @@ from fewstep.losses.critic import CriticWeight
 from fewstep.losses.divergence import Divergence
 from fewstep.losses.matching import Metric, Normaliser
 from fewstep.methods.tau import TauLaw, tau_bounds
+from fewstep.unread import refuse_unread
 
 if TYPE_CHECKING:
     from fewstep.methods.base import ChainNoise, Method
 
+MOST = 1000
+"""Above it a number of calls, updates or bins is taken for a mistake."""
 Guidance = Literal["coupled", "decoupled"]
 GuidanceLevels = Literal["cleaner", "full", "shared", "noisier"]
 
@@ -41,7 +45,8 @@ class MatchingOptions:
 
     # The path
     steps: int = 4
-    """Network calls K of the student, 1 or more; with step_counts, the one used when none is asked for."""
+    """Network calls K of the student, 1 or more. With step_counts nothing reads it: the largest of them is used when
+    none is asked for."""
     step_counts: tuple[int, ...] = ()
     """Each sample's K is drawn from these (TDM-unify). Empty: always `steps`."""
     steps_condition: bool = False
@@ -135,9 +140,11 @@ class MatchingOptions:
             FewstepError: with what was found, what was expected and the likely fix.
         """
         self.require_choices(_CHOICES)
+        require_finite(self)
         self._validate_ranges()
         self._validate_path()
         self._validate_terms()
+        self._validate_unread()
 
     def require_choices(self, choices: dict[str, tuple[str, ...]]) -> None:
         """Refuses a value that is not among those named for its field."""
@@ -151,8 +158,8 @@ class MatchingOptions:
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0", "leave it at its default")
         for name in ("teacher_regularisation", "guidance_scale", "gan_weight"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more", "leave it at its default")
-        require(self.critic_updates >= 1, "critic_updates", self.critic_updates, "1 or more", "use 1 to 5")
-        require(self.ratio_bins >= 1, "ratio_bins", self.ratio_bins, "1 or more", "use 10")
+        require(1 <= self.critic_updates <= MOST, "critic_updates", self.critic_updates, f"1 to {MOST}", "use 1 to 5")
+        require(1 <= self.ratio_bins <= MOST, "ratio_bins", self.ratio_bins, f"1 to {MOST}", "use 10")
         low, high = self.ratio_clip
         require(0 < low < 1 < high, "ratio_clip", self.ratio_clip, "numbers below and above 1", "use (0.1, 20)")
         start = self.start_time
@@ -165,8 +172,15 @@ class MatchingOptions:
     def _validate_path(self) -> None:
         counts = self.counts
         require(min(counts) >= 1, "step counts", counts, "1 or more", "use 1 to 8 steps")
+        require(max(counts) <= MOST, "step counts", counts, f"{MOST} or fewer", "use 1 to 8 steps")
         require(len(set(counts)) == len(counts), "step_counts", counts, "each once", "drop the repeated ones")
         require(self.steps in counts, "steps", self.steps, f"one of step_counts {counts}", "add it or change it")
+        if self.step_counts and self.steps not in (type(self).steps, max(counts)):
+            raise contradiction(
+                f"steps {self.steps} with the step counts {counts}",
+                "the largest of them, which such a student makes unless it is asked for another",
+                "leave steps out and ask for a count when sampling",
+            )
         if self.steps_condition and not self.step_counts:
             raise contradiction("steps_condition without step_counts", "a set of step counts to tell apart", "add one")
         if self.grid and (self.step_counts or len(self.grid) != self.steps):
@@ -199,11 +213,40 @@ class MatchingOptions:
                         "lower tau_min or margin, or use fewer steps",
                     )
 
+    def _validate_unread(self) -> None:
+        """Refuses options that nothing reads in the place of passing them over."""
+        guided, apart = self.guidance_scale != 1, self.guidance == "decoupled"
+        for names, read, beside in (
+            (("logit_mean", "logit_std"), self.tau_law == "logit_normal", "tau_law 'logit_normal'"),
+            (("snr_cap",), self.critic_weight == "min_snr", "critic_weight 'min_snr'"),
+            (("huber_c",), self.metric != "l2", "a Huber metric"),
+            (("guidance",), guided, "a guidance_scale other than 1"),
+            (("guidance_levels", "joint_normaliser"), guided and apart, "guidance 'decoupled' of a scale other than 1"),
+            (("joint_normaliser",), self.normaliser != "none", "a normaliser"),
+            (("ratio_clip", "ratio_bins"), self.divergence != "reverse_kl", "a divergence other than 'reverse_kl'"),
+            (
+                ("discriminator_weight",),
+                self.gan_weight > 0 or self.divergence != "reverse_kl",
+                "a gan_weight above 0, or a divergence other than 'reverse_kl',",
+            ),
+        ):
+            if not read:
+                refuse_unread(self, names, beside)
+
 
 def require(good: bool, name: str, found: Any, expected: str, fix: str) -> None:
     """Raises a FewstepError about the option `name` unless `good`."""
     if not good:
         raise FewstepError(f"found {name} = {found}, expected {expected}, fix: {fix}")
+
+
+def require_finite(options: Any) -> None:
+    """Refuses nan and infinity in any field of a dataclass."""
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        good = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        require(good, entry.name, value, "a finite number", "leave it at its default")
 
 
 def contradiction(found: str, expected: str, fix: str) -> FewstepError:

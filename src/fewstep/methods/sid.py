@@ -36,6 +36,7 @@ from fewstep.methods.base import Batch, ChainNoise, Loss, Roles, agreement_metri
 from fewstep.methods.matching import Matching, Query, prompt_of
 from fewstep.methods.matching_options import MatchingOptions, contradiction, require
 from fewstep.methods.tau import TauLaw
+from fewstep.unread import refuse_unread
 
 _CHOICES: dict[str, tuple[str, ...]] = {"weight": get_args(FisherWeight), "chain_noise": get_args(ChainNoise)}
 _UNREAD = ["metric", "huber_c", "guidance", "guidance_levels", "joint_normaliser"]
@@ -109,6 +110,8 @@ class SiDOptions(MatchingOptions):
                 "a guided critic that has been trained: both scales equal, or some prompts dropped",
                 "set critic_dropout to 0.1 and critic_training_scale to 1, or make the scales equal",
             )
+        if self.critic_training_scale == 0:
+            refuse_unread(self, ["critic_dropout"], "a critic_training_scale other than 0, which asks no prompt,")
 
 
 def sid_none() -> SiDOptions:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 from torch import Tensor
 
 from fewstep.losses.critic import CriticTarget, Importance
-from fewstep.methods.matching_options import MatchingOptions, contradiction, require
+from fewstep.methods.matching_options import MOST, MatchingOptions, contradiction, require
 from fewstep.methods.tau import TauRange, tau_bounds
+from fewstep.unread import refuse_unread
 
 if TYPE_CHECKING:
     from fewstep.methods.tdm import TDM
@@ -78,7 +79,9 @@ class TDMOptions(MatchingOptions):
 
     def _validate_solver(self) -> None:
         require(self.solver_weight >= 0, "solver_weight", self.solver_weight, "0 or more", "use 0.5, or 0 for none")
-        require(self.solver_substeps >= 1, "solver_substeps", self.solver_substeps, "1 or more", "use 2")
+        require(1 <= self.solver_substeps <= MOST, "solver_substeps", self.solver_substeps, f"1 to {MOST}", "use 2")
+        if not self.solver_weight:
+            refuse_unread(self, ["solver_substeps"], "a solver_weight above 0")
         if self.solver_weight and (self.eta != 1 or self.landing != "fixed"):
             raise contradiction(
                 f"solver_weight {self.solver_weight} with eta {self.eta} and landing {self.landing!r}",

@@ -26,7 +26,8 @@ from fewstep.core.tensors import Condition, at_least_float32, flat_mean
 from fewstep.errors import FewstepError
 from fewstep.losses.critic import CriticWeight, critic_weight
 from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, contrast_metrics, spread_metrics
-from fewstep.methods.matching_options import require
+from fewstep.methods.matching_options import MOST, require, require_finite
+from fewstep.unread import refuse_unread
 
 Points = Literal["path", "data"]
 
@@ -79,12 +80,18 @@ class TSMOptions:
         for name, allowed in (("points", get_args(Points)), ("weight", get_args(CriticWeight))):
             found = getattr(self, name)
             require(found in allowed, name, repr(found), f"one of {allowed}", "choose one of them")
+        require_finite(self)
         for name in ("steps", "path_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more", "leave it at its default")
+            good = 1 <= getattr(self, name) <= MOST
+            require(good, name, getattr(self, name), f"1 to {MOST}", "leave it at its default")
         for name in ("shift", "snr_cap"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0", "leave it at its default")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more", "1 means none")
         require(0 < self.tau_min < 1, "tau_min", self.tau_min, "a time in (0, 1)", "use 0.02")
+        if self.points == "data":
+            refuse_unread(self, ["path_steps"], "points 'path'")
+        if self.weight != "min_snr":
+            refuse_unread(self, ["snr_cap"], "weight 'min_snr'")
 
 
 class TSM:

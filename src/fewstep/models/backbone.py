@@ -212,6 +212,16 @@ class Backbone(ABC):
         """The time grid (steps + 1,) on which the family's own pipeline samples the teacher, shift included."""
         return grids.from_scheduler(self.pipeline.scheduler, steps, self.process)
 
+    def rows_at_a_time(self, told: int | None) -> int:
+        """How many samples to draw at a time, where the caller says `told`.
+
+        Raises:
+            FewstepError: fewer than one.
+        """
+        if told is not None and told < 1:
+            raise FewstepError(f"found batch = {told}, expected 1 or more samples at a time, fix: leave it out")
+        return self.sample_batch if told is None else told
+
     @property
     def student_call(self) -> dict[str, Any]:
         """Arguments, besides prompt and steps, with which the stock pipeline samples a student at its own size."""
@@ -315,6 +325,8 @@ class SeededNoise:
     """Standard normal numbers as a diffusers pipeline draws them with one generator per sample, call after call."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
+        if odd := [seed for seed in seeds if not -(2**63) <= seed < 2**64]:
+            raise FewstepError(f"found seed {odd[0]}, expected a number of 64 bits, fix: choose another")
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, shape: Sequence[int]) -> Tensor:

@@ -192,16 +192,22 @@ def _license_line(card: Mapping[str, Any], name: str) -> str:
     return f"That of the teacher, of which this is a derivative: {stated}, as the card of {name} states."
 
 
+def papers(text: str) -> list[dict[str, str]]:
+    """The papers to cite that `text` names by their arXiv numbers: title, number, address, BibTeX entry."""
+    found = []
+    for number in re.findall(r"\d{4}\.\d{5}", text):
+        title, url = _CITED.get(number, f"arXiv {number}"), f"https://arxiv.org/abs/{number}"
+        entry = (
+            f"@misc{{arxiv{number.replace('.', '')},\n  title = {{{title}}},\n"
+            f"  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n  url = {{{url}}}\n}}"
+        )
+        found.append({"title": title, "arxiv": number, "url": url, "bibtex": entry})
+    return found
+
+
 def _citations(paper: str) -> list[str]:
-    found = re.findall(r"\d{4}\.\d{5}", paper)
-    if not found:
-        return []
-    entries = [
-        f"@misc{{arxiv{number.replace('.', '')},\n  title = {{{_CITED.get(number, 'arXiv ' + number)}}},\n"
-        f"  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{number}}}\n}}"
-        for number in found
-    ]
-    return ["## Citation", "", "```bibtex", *entries, "```", ""]
+    entries = [each["bibtex"] for each in papers(paper)]
+    return ["## Citation", "", "```bibtex", *entries, "```", ""] if entries else []
 
 
 def _is_hub_id(source: str) -> bool:

@@ -11,7 +11,6 @@ Weights are read from safetensors only, and code that lies in a folder is never 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.core.files import PICKLES, check_index, check_weights
+from fewstep.core.files import PICKLES, check_index, check_weights, load_json
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import BACKBONES, Backbone
 from fewstep.models.deferred import Deferred, left_on_disk, weight_files
@@ -95,14 +94,15 @@ def load_backbone(
             files = _files(folder, pipeline, networks)
         if getattr(pipeline, kind.network_name).dtype != dtype:  # older versions of diffusers do not know `dtype`
             pipeline.to(dtype)
-    except (OSError, ValueError) as error:
-        if isinstance(error, FewstepError):
-            raise
+        backbone = kind(pipeline, str(source))
+        _try_tokenizers(pipeline)
+    except FewstepError:
+        raise
+    except Exception as error:  # what diffusers, transformers and tokenizers raise has no common base
         raise FewstepError(
-            f"found a pipeline at {source} that diffusers cannot load ({error}), expected all its parts with "
-            "safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
+            f"found a pipeline at {source} that diffusers cannot load ({type(error).__name__}: {error}), expected all "
+            "its parts with safetensors weights, fix: load it with diffusers once and save it with save_pretrained"
         ) from error
-    backbone = kind(pipeline, str(source))
     backbone.folder, backbone.revision = folder, revision
     backbone.set_size(size or {})
     if defer:
@@ -114,10 +114,30 @@ def load_backbone(
             torch.device(device), {n: (*files[id(t)], t.dtype) for n, t in named if id(t) in files}
         )
         return backbone
+    _require_weights(pipeline, source)
     if quantised is not None:
         quantise_(backbone.network, quantised, device)
         backbone.quantised = quantised
     return backbone.to(device)
+
+
+def _require_weights(pipeline: Any, source: str | Path) -> None:
+    """FewstepError for parts whose weight files lack what their configs promise, which diffusers leaves without any."""
+    for part, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            missing = [name for name, value in module.named_parameters() if value.is_meta]
+            if missing:
+                raise FewstepError(
+                    f"found no weights for {len(missing)} tensors of {part} in {source} (such as {missing[0]}), "
+                    "expected all that its config.json promises, fix: fetch or save the folder again"
+                )
+
+
+def _try_tokenizers(pipeline: Any) -> None:
+    """Lets every tokenizer pad two texts: one without its files or settings says so here, and not in mid-training."""
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            part(["a", "a b"], padding=True)
 
 
 def original(backbone: Backbone) -> Backbone:
@@ -196,7 +216,7 @@ def _read_index(source: str | Path, revision: str | None) -> dict[str, Any]:
     folder = Path(source)
     if folder.exists():
         try:
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            index = load_json(folder / "model_index.json")
         except (OSError, ValueError) as error:
             raise FewstepError(
                 f"found no readable model_index.json in {folder}, expected a diffusers pipeline folder, fix: pass the "

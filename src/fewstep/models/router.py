@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.files import load_json
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 from fewstep.models.student import ROUTER, Student, load_student
@@ -178,7 +179,7 @@ class Router:
         """
         path = folder / ROUTER
         try:
-            card = json.loads(path.read_text(encoding="utf-8"))
+            card = load_json(path)
             if card["format"] != ROUTER_FORMAT or card["kind"] not in ("contiguous", "given"):
                 raise ValueError(f"format {card['format']}, kind {card['kind']}")
             if card["kind"] == "contiguous":

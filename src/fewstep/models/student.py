@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core import grids as time_grids
+from fewstep.core.files import load_json
 from fewstep.core.solvers import SOLVERS
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
@@ -98,7 +98,7 @@ class Student:
             batch: how many at a time, 1 or more; fewer for larger latents unless told (`Backbone.sample_batch`).
         """
         parts = []
-        batch = self.backbone.sample_batch if batch is None else batch
+        batch = self.backbone.rows_at_a_time(batch)
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             parts.append(self.backbone.decode(self.latents(prompts[part], seeds[part], steps, solver=solver)))
@@ -163,14 +163,14 @@ def load_student(
     if card["form"] == "lora":
         network = attach_loras(backbone, network, read_loras(folder, backbone.network_parts)).to(backbone.device)
     backbone.embedded_guidance = card.get("embedded_guidance", backbone.embedded_guidance)
-    eta = float(card.get("eta", 1))
     if "causal" in card:
         from fewstep.attention import Layout
         from fewstep.streaming.student import CausalStudent
 
         network = shared_copy(network) if network is backbone.network else network
-        return CausalStudent(backbone, network, grids, card, eta, Layout(**card["causal"]), backbone.causal(network))
-    return Student(backbone, network, grids, card["steps_aware"], card, eta)
+        layout = Layout(**card["causal"])
+        return CausalStudent(backbone, network, grids, card, card["eta"], layout, backbone.causal(network))
+    return Student(backbone, network, grids, card["steps_aware"], card, card["eta"])
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
@@ -187,14 +187,18 @@ def read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
             "student's folder (a teacher is loaded with load_teacher)"
         )
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = load_json(path)
         if card["format"] != CARD_FORMAT or card["form"] not in ("pipeline", "lora", "comfyui", "merged"):
             raise ValueError(f"format {card['format']}, form {card['form']}")
         grids = {int(count): torch.tensor(grid, dtype=torch.float64) for count, grid in card["grids"].items()}
         if not grids or any(len(time_grids.validated(grid)) != count + 1 for count, grid in grids.items()):
             raise ValueError("grids that do not have one time more than steps")
         card["steps_aware"], card["teacher"] = bool(card["steps_aware"]), str(card["teacher"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        card["eta"], card["size"] = float(card.get("eta", 1)), card.get("size") or {}
+        told = card.get("embedded_guidance")
+        if not all(isinstance(side, int) for side in card["size"].values()) or not isinstance(told, float | int | None):
+            raise ValueError("a size or guidance that are no numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise FewstepError(
             f"found an unreadable {path} ({type(error).__name__}: {error}), expected what save_student of this version "
             f"writes (format {CARD_FORMAT}), fix: export the student again"

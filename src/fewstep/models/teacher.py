@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from fewstep.core.solvers import SOLVERS, Callback
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone, seeded_noise
+
+_MOST_STEPS = 1000
 
 
 class Teacher:
@@ -64,9 +67,11 @@ class Teacher:
                 f"found solver {solver!r}, expected one of {sorted(SOLVERS.keys() - {'lcm'})}, fix: choose one of these"
             )
         steps = self.steps if steps is None else steps
-        if steps < 1:
-            raise FewstepError(f"found steps = {steps}, expected 1 or more, fix: 50 is usual for a teacher")
+        if not 1 <= steps <= _MOST_STEPS:
+            raise FewstepError(f"found steps = {steps}, expected 1 to {_MOST_STEPS}, fix: 50 is usual for a teacher")
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if not math.isfinite(scale):
+            raise FewstepError(f"found guidance_scale {scale}, expected a finite number, fix: 1 means none")
         backbone = self.backbone
         null = {k: v.expand(len(prompts), *v.shape[1:]) for k, v in backbone.null_condition().items()}
 
@@ -133,7 +138,7 @@ class Teacher:
         if not prompts:
             raise FewstepError("found no prompt, expected at least one, fix: pass a prompt")
         parts = []
-        batch = self.backbone.sample_batch if batch is None else batch
+        batch = self.backbone.rows_at_a_time(batch)
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             latents = self.latents(

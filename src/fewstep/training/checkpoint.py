@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.files import checksum, fingerprint, read_weights
+from fewstep.core.files import checksum, fingerprint, load_json, read_weights
 from fewstep.core.shards import whole
 from fewstep.errors import FewstepError
 
@@ -250,10 +250,12 @@ def _listing(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str | N
     Raises:
         OSError, ValueError, LookupError, TypeError, AttributeError: not what `save` writes.
     """
-    state = json.loads((folder / _STATE).read_text())
+    state = load_json(folder / _STATE)
+    if not isinstance(state["format"], int):
+        raise ValueError(f"format {state['format']!r}")
     if state["format"] == 1:
         return state, {str(name): (int(size), None) for name, size in state["files"].items()}
-    listed = json.loads((folder / MANIFEST).read_text())
+    listed = load_json(folder / MANIFEST)
     if _STATE not in listed or any(Path(name).is_absolute() or ".." in Path(name).parts for name in listed):
         raise ValueError(f"a manifest without {_STATE}, or of files elsewhere")
     return state, {name: (int(told["bytes"]), str(told["blake2b"])) for name, told in listed.items()}

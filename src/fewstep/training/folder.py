@@ -10,16 +10,60 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from fewstep.core.files import load_json
 from fewstep.errors import FewstepError
 from fewstep.training import checkpoint
 
+RECORD = "run.json"
 _MISSING = "nothing"
+_PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "peft", "numpy", "safetensors")
+_NOTES: ContextVar[Mapping[str, Callable[[], Any]]] = ContextVar("_NOTES", default=MappingProxyType({}))
+
+
+@contextmanager
+def noted(**notes: Callable[[], Any]) -> Iterator[None]:
+    """run.json of every run that begins within also holds what each of `notes` returns, JSON-able, by its name.
+
+    For those who know where a run comes from (`fewstep.provenance`), however many runs follow from one call. Only the
+    process that writes asks for them, and only when a run begins: one that is continued keeps those it began with.
+    """
+    token = _NOTES.set({**_NOTES.get(), **notes})
+    try:
+        yield
+    finally:
+        _NOTES.reset(token)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a run's folder.
+
+    Raises:
+        FewstepError: there is none, or it is damaged.
+    """
+    path = folder / RECORD
+    try:
+        return _described(load_json(path))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise FewstepError(
+            f"found no readable {path} ({type(error).__name__}: {error}), expected what a run writes there, "
+            "fix: check the path, or train again into another folder"
+        ) from error
+
+
+def _described(record: dict[str, Any]) -> dict[str, Any]:
+    """`record`, if it says what `describe` does; else a ValueError, LookupError or TypeError."""
+    if not isinstance(record["configuration"], dict) or not isinstance(record["versions"], dict):
+        raise ValueError("no configuration, or no versions")
+    record["configuration_hash"]
+    return record
 
 
 @contextmanager
@@ -72,27 +116,47 @@ def begin(
 ) -> checkpoint.Checkpoint | None:
     """Makes `folder`, whose lock the caller holds, ready for a run of this configuration; where that is to continue.
 
-    `notes` go to run.json as they are. FewstepError if the folder holds a run and `resume` is False, or a run of
-    another configuration. With `resume` and no run in it, a fresh run begins.
+    `notes` go to run.json as they are, with those of `noted`. FewstepError if the folder holds a run and `resume` is
+    False, or a run of another configuration. With `resume` and no run in it, a fresh run begins.
     """
-    record = folder / "run.json"
+    record = folder / RECORD
     if not resume:
         refuse_run(folder)
     found = checkpoint.newest(folder / "checkpoints")
+    began = _began(folder, found) if record.exists() else {}
     if found is not None:
-        _refuse_other(found.state, configuration, found.folder)
-    elif record.exists():
-        _refuse_other(json.loads(record.read_text()), configuration, record)
+        try:
+            state = _described(found.state)
+        except (ValueError, LookupError, TypeError) as error:
+            raise FewstepError(
+                f"found a state.json in {found.folder} that does not say what it is of ({type(error).__name__}: "
+                f"{error}), expected what a run writes, fix: move this checkpoint away, so that the one before is used"
+            ) from error
+        _refuse_other(state, configuration, found.folder)
+    elif began:
+        _refuse_other(began, configuration, record)
+    more = {name: began[name] if name in began else note() for name, note in _NOTES.get().items()}
     (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint.clean(folder / "checkpoints")
-    checkpoint.write_text(record, json.dumps({**describe(configuration), **notes}, indent=1) + "\n")
+    checkpoint.write_text(record, json.dumps({**describe(configuration), **notes, **more}, indent=1) + "\n")
     return found
+
+
+def _began(folder: Path, found: checkpoint.Checkpoint | None) -> dict[str, Any]:
+    """run.json; where it is damaged and a checkpoint says enough, nothing."""
+    try:
+        return read_record(folder)
+    except FewstepError as error:
+        if found is None:
+            raise
+        warnings.warn(f"{folder / RECORD} is damaged and is written anew ({error})", stacklevel=3)
+        return {}
 
 
 def refuse_run(folder: Path) -> None:
     """FewstepError if the folder holds a run."""
     found = checkpoint.newest(folder / "checkpoints")
-    if found is not None or (folder / "run.json").exists():
+    if found is not None or (folder / RECORD).exists():
         at = f"at iteration {found.iteration}" if found else "without a checkpoint"
         raise FewstepError(
             f"found a run {at} in {folder}, expected a folder without one, "
@@ -105,8 +169,7 @@ def describe(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "configuration": _plain(configuration),
         "configuration_hash": hashlib.sha256(json.dumps(_plain(configuration), sort_keys=True).encode()).hexdigest(),
-        "versions": {"python": platform.python_version()}
-        | {n: _version(n) for n in ("fewstep", "torch", "safetensors")},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }
 
 
@@ -138,12 +201,16 @@ def _refuse_other(found: Mapping[str, Any], configuration: Mapping[str, Any], wh
             f"found another configuration in {where} ({listed}), expected the same one, "
             "fix: set these options back, or choose another output folder for the new run"
         )
-    if found["versions"] != now["versions"]:
+    if changed := differing(found["versions"], now["versions"]):
         warnings.warn(
-            f"{where} was written with {found['versions']}, this is {now['versions']}: "
-            "the run goes on, but not to the bit",
+            f"{where} was written with other versions ({'; '.join(changed)}): the run goes on, but not to the bit",
             stacklevel=2,
         )
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs among the names that both have, in words."""
+    return [f"{n} was {value!r}, is {now[n]!r}" for n, value in before.items() if n in now and value != now[n]]
 
 
 def _plain(configuration: Mapping[str, Any]) -> dict[str, Any]:

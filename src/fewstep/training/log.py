@@ -72,20 +72,29 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, float | None]]:
-    """The records of a `log.jsonl`, oldest first; alarms and a torn last line are left out."""
-    return [record for line in _whole_lines(path) if "alarm" not in (record := json.loads(line))]
+    """The records of a `log.jsonl`, oldest first; alarms, a torn last line and, with a warning, damaged ones are left out."""
+    return [record for _, record in _whole_lines(path) if "alarm" not in record]
 
 
 def read_alarms(path: Path) -> list[dict[str, Any]]:
     """The alarms of a `log.jsonl`, oldest first, as `monitors.watch.Alarm.record` writes them, with what was done."""
-    return [record["alarm"] for line in _whole_lines(path) if "alarm" in (record := json.loads(line))]
+    return [record["alarm"] for _, record in _whole_lines(path) if "alarm" in record]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Lines that were written to their end and can be read, with what they say."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith(b"\n"):
+            try:
+                record = json.loads(line)
+                whole.append((line.decode(), {**record, "iteration": int(record["iteration"])}))
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                warnings.warn(f"line {number} of {path} is damaged and left out ({type(error).__name__})", stacklevel=3)
+    return whole
 
 
 def _keep_until(path: Path, iteration: int) -> None:
-    kept = [line for line in _whole_lines(path) if json.loads(line)["iteration"] <= iteration]
+    kept = [line for line, record in _whole_lines(path) if record["iteration"] <= iteration]
     write_text(path, "".join(kept))

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from fewstep.errors import FewstepError
 from fewstep.training.optimisers import Optimiser, require
+from fewstep.unread import refuse_unread
 
 #: Options that may change when a run is resumed: they decide what is written and when, or only the rounding.
 FREE_ON_RESUME = frozenset(
@@ -17,6 +18,10 @@ FREE_ON_RESUME = frozenset(
         *("tracker", "on_alarm", "patience"),
     }
 )
+
+
+_MOST, _LARGEST_BATCH = 2**31, 2**20
+"""Counts above them are taken for a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +94,11 @@ class TrainOptions:
         every = ("critic_clip", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "patience")
         for name in never_negative + every:
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
+        for name in ("iterations", "warmup", "keep", *every[1:]):
+            self._require(name, getattr(self, name) < _MOST, f"below {_MOST}")
+        for name in ("batch", "microbatch"):
+            self._require(name, getattr(self, name) <= _LARGEST_BATCH, f"at most {_LARGEST_BATCH}")
+        self._require("seed", self.seed < 2**63, "below 2^63")
         for name in ("beta1", "beta2", "ema_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("final_rate", 0 <= self.final_rate <= 1, "between 0 and 1")
@@ -100,6 +110,8 @@ class TrainOptions:
         may_wait = self.evaluate_every > 0 or not self.patience
         self._require("patience", may_wait, "0 where evaluate_every is 0, as nothing is scored")
         self._require("warmup", self.warmup <= self.iterations, f"at most iterations = {self.iterations}")
+        if self.schedule == "constant":
+            refuse_unread(self, ["final_rate"], "schedule 'cosine'")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -90,9 +90,21 @@ class State:
         return found.iteration, found.state
 
     def take(self, found: checkpoint.Checkpoint) -> None:
-        """Takes over a checkpoint of this run."""
+        """Takes over a checkpoint of this run.
+
+        Raises:
+            FewstepError: its state.json lacks what this run needs.
+        """
+        try:
+            scalers = {trainee.role: dict(found.state[f"{trainee.role}_loss_scaler"]) for trainee in self.trainees}
+            updates = int(found.state["ema_updates"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise FewstepError(
+                f"found a state.json in {found.folder} without what this run needs ({type(error).__name__}: {error}), "
+                "expected loss scales and updates, fix: move this checkpoint away, so that the one before is used"
+            ) from error
         for trainee in self.trainees:
-            optimiser, scaler = found.tensors(f"{trainee.role}_optimiser"), found.state[f"{trainee.role}_loss_scaler"]
-            trainee.load(found.tensors(trainee.role), optimiser, scaler)
+            optimiser = found.tensors(f"{trainee.role}_optimiser")
+            trainee.load(found.tensors(trainee.role), optimiser, scalers[trainee.role])
         copy_tensors(self.ema.tensors, found.tensors("ema"), "ema")
-        self.ema.updates = found.state["ema_updates"]
+        self.ema.updates = updates

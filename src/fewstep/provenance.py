@@ -1,0 +1,100 @@
+"""Where a run comes from, as its run.json tells it: what was asked for, on what machine, with which data and papers.
+
+`fewstep.reproducing` reads it. The configuration beside it in run.json is what decides the result; this is what it
+takes to ask for it again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.methods.base import Options
+from fewstep.models.card import papers
+from fewstep.models.teacher import Teacher
+from fewstep.training.folder import noted
+
+EMOJI = "emoji"
+"""The name of the embedded teacher."""
+ORIGIN, DATA, PAPERS = "origin", "data", "papers"
+"""Names in run.json."""
+OWN = "the embedded teacher's own captions"
+
+
+def recorded(
+    teacher: Teacher,
+    options: Options,
+    prompts: str | None,
+    sizes: Sequence[str],
+    given: Sequence[str],
+    **parts: Any,
+) -> AbstractContextManager[None]:
+    """Runs that begin within tell in run.json where they come from.
+
+    Args:
+        teacher: whose files are hashed, once, when a run begins (about a second a GB).
+        options: of the method.
+        prompts: PATH or PATH:COLUMN, or `OWN`; None where they were passed as texts.
+        sizes: as `distill` is told.
+        given: names of what was passed in Python and no file holds, such as real data.
+        parts: dataclasses of options by name.
+    """
+    backbone = teacher.backbone
+
+    def origin() -> dict[str, Any]:
+        return {
+            "teacher": {
+                "source": EMOJI if Path(backbone.source) == shipped(TEACHER_FOLDER) else _absolute(backbone.source),
+                "dtype": _name(getattr(backbone.pipeline, backbone.network_name).dtype),
+                "quantised": backbone.quantised,
+                "size": backbone.told_size,
+                "steps": teacher.steps,
+                "guidance_scale": teacher.guidance_scale,
+            },
+            "method": {"name": options.build().name, **asdict(options)},  # type: ignore[call-overload]
+            **{part: _plain(asdict(value)) for part, value in parts.items()},
+            "prompts": prompts,
+            "sizes": list(sizes),
+            "given": list(given),
+            "machine": machine(backbone.device),
+        }
+
+    return noted(
+        origin=origin,
+        data=lambda: {"teacher": teacher_digest(teacher)},
+        papers=lambda: papers(options.build().paper),
+    )
+
+
+def teacher_digest(teacher: Teacher) -> str:
+    """A hash of all files of the teacher's pipeline folder, names and bytes; reads every weight once."""
+    from fewstep.evaluation.samples import fingerprint
+
+    return fingerprint(teacher.backbone.folder or teacher.backbone.source)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What of this machine and of the way a run is started may change the last bits of its numbers."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    here = {"device": device.type, "threads": torch.get_num_threads(), "processes": processes}
+    return here | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _absolute(source: str) -> str:
+    """A Hub id as it is, a folder in full."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

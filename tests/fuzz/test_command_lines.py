@@ -1,0 +1,183 @@
+"""Any command line, and any request for pictures: done, or refused in a paragraph with nothing left half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fuzz.fuzzing import CASES, cases, command, left_behind, outcome
+
+import fewstep
+from fewstep import api
+from fewstep.api import RoleOptions
+from fewstep.commands import cache, distill, evaluate, export, msd, plan, reproduce, sample
+from fewstep.conditions import Encoding, TextOptions
+from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.methods import METHODS, preset
+from fewstep.models.loading import load_backbone
+from fewstep.training.options import TrainOptions
+
+TRAINING = (distill.RunOptions, distill.SizeOptions, TextOptions, RoleOptions, TrainOptions)
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "distill": TRAINING,
+    "msd": (distill.RunOptions, TextOptions, RoleOptions, TrainOptions, msd.PartOptions),
+    "plan": (plan.PlanOptions, distill.SizeOptions, RoleOptions, TrainOptions),
+    "cache": (cache.Cache,),
+    "sample": (sample.Sample,),
+    "evaluate": (evaluate.Evaluate,),
+    "export": (export.Export,),
+    "reproduce": (reproduce.Reproduce,),
+    "compare": (),
+    "methods": (),
+    "backbones": (),
+    "teacher": (),
+    "league": (),
+}
+PATHS = ["teacher", "run", "run/student", "run/lora", "prompts.txt", "prompts.txt:text", "out", "prompts.txt/out"]
+JUNK = [
+    *PATHS, *PATHS, "", "0", "-1", "1", "2", "3", "0.5", "nan", "inf", "-inf", "1e309", "9" * 30, "-" + "9" * 30,
+    "None", "True", "emoji", "auto", "cpu", "cuda:99", "adapters", "copies", "mixed", "none", "/", "/nowhere", "..",
+    "-", "--", "~", "a" * 5000, "\udcff", "é", "[1, 2]", "{}", "%s", "8x8", "32x32", "10GB", "a frog", "int8",
+]  # fmt: skip
+STOPPED = (
+    "fewstep.api.train", "fewstep.several.train_in_turn", "fewstep.reproducing.distill",
+    "fewstep.commands.evaluate.study", "fewstep.commands.compare.compare", "fewstep.commands.plan.plan",
+    "fewstep.commands.cache.cache_prompts", "fewstep.commands.plan.blueprint",
+)  # fmt: skip
+"""Work that sound command lines would do."""
+
+
+class Stop(SystemExit):
+    """In the place of training: a sound command line ends here."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Iterator[Path]:
+    """A folder with a teacher, prompts and a run, in which commands are run; no training, no network, one teacher."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_teacher, place / "teacher")
+    (place / "prompts.txt").write_text("a frog\na 3d pizza\n")
+    short = TrainOptions(iterations=1, batch=2, warmup=0, tensorboard=False)
+    more = {"prompts": place / "prompts.txt", "roles": RoleOptions(rank=2), "train_options": short}
+    fewstep.distill(place / "teacher", out=place / "run", **more)
+    loaded: dict[str, Any] = {}
+
+    def load(source: Any, **told: Any) -> Any:
+        """Loads for sure what cannot be loaded; what can, once; in the place of the embedded teacher, ours."""
+        path = place / "teacher" if Path(source) == shipped(TEACHER_FOLDER) else source
+        key = repr((str(path), sorted((name, str(value)) for name, value in told.items())))
+        if key not in loaded:
+            loaded[key] = load_backbone(path, **told)
+        return loaded[key]
+
+    @contextlib.contextmanager
+    def ready(self: Encoding, group: object) -> Iterator[None]:
+        yield
+
+    def stop(*more: Any, **told: Any) -> None:
+        raise Stop(0)
+
+    own_config = DiffusionPipeline.load_config
+
+    def offline(source: Any, *more: Any, **told: Any) -> Any:
+        if Path(source).is_dir():
+            return own_config(source, *more, **told)
+        raise OSError("no network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.setattr(DiffusionPipeline, "load_config", offline)
+        patch.setattr("huggingface_hub.hf_hub_download", offline)
+        patch.setattr(api, "load_backbone", load)
+        patch.setattr("fewstep.models.student.load_backbone", load)
+        patch.setattr(Encoding, "ready", ready)
+        for name in STOPPED:
+            patch.setattr(name, stop)
+        yield place
+
+
+@st.composite
+def lines(draw: Any) -> list[str]:
+    """A command, perhaps of a method, with options of its own or of nobody's, and values sound and not."""
+    name = draw(st.sampled_from([*OPTIONS, "distill", "distill", "sample", "msd", "nonsense"]))
+    words = [name]
+    kinds: tuple[type, ...] = OPTIONS.get(name, ())
+    if name in ("distill", "msd", "plan") and draw(st.booleans()):
+        method = draw(st.sampled_from([*METHODS, "nonsense"]))
+        words.append(method)
+        if method in METHODS:
+            kinds = (*kinds, type(preset(method)))
+    if name in ("distill", "msd", "sample", "evaluate", "cache") and draw(st.booleans()):
+        words += ["--student" if name in ("sample", "evaluate") else "--teacher", draw(st.sampled_from(PATHS))]
+        words += [] if name == "sample" else ["--prompts", "prompts.txt"]
+    flags = [f"--{entry.name.replace('_', '-')}" for kind in kinds for entry in fields(kind)]
+    for _ in range(draw(st.integers(0, 3))):
+        words.append(draw(st.sampled_from([*flags, "--nonsense", "--no-resume", "-x"]) if flags else st.just("--x")))
+        words += draw(st.lists(st.sampled_from(JUNK), max_size=2))
+    if name in ("export", "reproduce", "compare", "teacher", "league"):
+        words += draw(st.lists(st.sampled_from([*JUNK, "run:2", "card", "emoji:0"]), max_size=2))
+    return words
+
+
+def test_command_lines(place: Path) -> None:
+    sound = {str(path) for path in place.rglob("*")}
+
+    @cases("command lines")
+    @given(words=lines())
+    def fuzz(words: list[str]) -> None:
+        code = command(words)
+        assert code in (0, 2), words
+        assert not left_behind(place)
+        new = {str(path) for path in place.rglob("*")} - sound
+        assert not new or code == 0, (words, new)
+        for path in sorted(new, reverse=True):
+            Path(path).rmdir() if Path(path).is_dir() else Path(path).unlink()
+
+    fuzz()
+
+
+def test_requests_for_pictures(place: Path) -> None:
+    """Videos have no requests of their own yet."""
+    models = [fewstep.load_teacher(place / "teacher"), fewstep.load_student(place / "run" / "student")]
+    models[0].steps = 2  # type: ignore[union-attr]
+    numbers = st.integers(-2, 4) | st.sampled_from([1001, 2**63, 2**64, -(2**63) - 1, 10**30])
+
+    @cases("requests")
+    @given(
+        which=st.integers(0, 1),
+        prompts=st.lists(st.text(max_size=20), max_size=3) | st.text(max_size=20),
+        seeds=numbers | st.lists(numbers, max_size=3),
+        more=st.fixed_dictionaries(
+            {},
+            optional={
+                "steps": numbers.filter(lambda steps: not 4 < steps <= 1000),
+                "solver": st.sampled_from(["trained", "ddim", "lcm", "heun", "dpmpp_2m", "nonsense", ""]),
+                "batch": numbers,
+                "guidance_scale": st.floats(),
+            },
+        ),
+    )
+    def fuzz(which: int, prompts: Any, seeds: Any, more: dict[str, Any]) -> None:
+        if which == 1:
+            more.pop("guidance_scale", None)  # students have no such argument
+
+        def use() -> None:
+            images = fewstep.sample(models[which], prompts, seeds, **more)
+            assert images.shape == (1 if isinstance(prompts, str) else len(prompts), 3, 32, 32)
+
+        outcome(use)
+
+    fuzz()
+
+
+def test_there_are_two_thousand_cases() -> None:
+    assert sum(CASES.values()) >= 2000

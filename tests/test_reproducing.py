@@ -1,0 +1,158 @@
+"""A run tells where it comes from, and is made again to the bit; what is not equal is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fewstep
+from fewstep.api import RoleOptions
+from fewstep.cli import main
+from fewstep.errors import FewstepError
+from fewstep.methods import preset
+from fewstep.reproducing import OF_THE_MOMENT, _compare_logs, _compare_students, _compare_weights
+from fewstep.training.folder import RECORD
+from fewstep.training.options import TrainOptions
+
+QUICK = ["--iterations", "2", "--batch", "2", "--warmup", "1", "--log-every", "1", "--no-tensorboard", "--steps", "2"]
+SHORT = TrainOptions(iterations=2, batch=2, warmup=1, log_every=1, tensorboard=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A teacher, prompts, and a finished run of the command line in `run`."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_teacher, place / "teacher")
+    (place / "prompts.jsonl").write_text('{"text": "a frog"}\n{"text": "a red apple"}\n{"text": "a 3d pizza"}\n')
+    words = ["--teacher", str(place / "teacher"), "--prompts", f"{place / 'prompts.jsonl'}:text"]
+    main(["distill", "tdm", *words, "--out", str(place / "run"), "--roles", "adapters", "--rank", "4", *QUICK])
+    return place
+
+
+def record(run: Path) -> dict[str, Any]:
+    return json.loads((run / RECORD).read_text())
+
+
+def test_a_run_tells_where_it_comes_from(place: Path) -> None:
+    told = record(place / "run")
+    assert {"python", "fewstep", "torch", "diffusers", "transformers", "peft"} <= told["versions"].keys()
+    assert told["command"][:3] == ["fewstep", "distill", "tdm"]
+    assert told["options"]["seed"] == told["configuration"]["train"]["seed"] == 0
+    assert told["configuration"]["prompts"]["count"] == 3
+    assert len(told["data"]["teacher"]) == 24
+    assert told["embedding_cache"]["key"] in {path.name for path in (place / "cache").iterdir()}
+    assert told["papers"][0]["arxiv"] == "2503.06674"
+    assert told["papers"][0]["bibtex"].startswith("@misc")
+    origin = told["origin"]
+    assert origin["prompts"] == f"{place / 'prompts.jsonl'}:text"
+    assert origin["roles"]["rank"] == 4
+    assert origin["machine"] == {"device": "cpu", "threads": torch.get_num_threads(), "processes": 1}
+
+
+def test_a_run_is_made_again_to_the_bit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["reproduce", str(place / "run")])
+    said = capsys.readouterr().out
+    assert "equal to the bit" in said
+    assert "2 log lines" in said
+    again = place / "run-again"
+    first, second = ({**record(run), "command": None} for run in (place / "run", again))
+    assert first == second
+    weights = "checkpoints/000002/student.safetensors"
+    assert (again / weights).read_bytes() == (place / "run" / weights).read_bytes()
+    assert fewstep.reproduce(place / "run").equal  # it is there already: only compared
+
+
+def test_what_differs_is_named_and_since_when(place: Path, tmp_path: Path) -> None:
+    run, out = place / "run", tmp_path / "out"
+    shutil.copytree(run, out)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines[0]["time/data"] = 1e9
+    lines[1]["loss/student"] += 1e-9
+    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    count, (said,) = _compare_logs(run, out, OF_THE_MOMENT)
+    assert count == 2
+    assert "since iteration 2: loss/student was" in said
+
+    folder = out / "checkpoints" / "000002"
+    tensors = load_file(folder / "student.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + 0.5
+    shutil.rmtree(out / "checkpoints" / "000002")
+    from fewstep.training import checkpoint
+
+    checkpoint.save(out / "checkpoints", 2, {"student": tensors}, {"iteration": 2}, keep=3)
+    _, said_of_weights = _compare_weights(run, out)
+    assert any("student.safetensors: by 0.5 at most" in one for one in said_of_weights)
+    assert any("critic.safetensors: other tensors" in one for one in said_of_weights)
+
+    weights = next((out / "student").rglob("*.safetensors"))
+    values = load_file(weights)
+    save_file({key: value + 1 for key, value in values.items()}, weights)
+    assert len(_compare_students(run / "student", out / "student")[1]) == 1
+
+
+def test_other_versions_are_told_and_a_difference_exits_with_one(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    shutil.copytree(place / "run", tmp_path / "run-again")
+    told = record(run)
+    told["versions"]["torch"] = "1.0"
+    (run / RECORD).write_text(json.dumps(told))
+    (run / "log.jsonl").write_text((run / "log.jsonl").read_text().replace('"loss/student": ', '"loss/student": 1'))
+    with pytest.raises(SystemExit) as stopped:
+        main(["reproduce", str(run)])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().out
+    assert "other surroundings: torch was '1.0', is '" in said
+    assert "since iteration 1: loss/student was 1" in said
+
+
+def test_what_cannot_be_made_again_is_refused_before_any_work(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+
+    def refused(expected: str, **more: Any) -> None:
+        with pytest.raises(FewstepError, match=expected):
+            fewstep.reproduce(run, **more)
+        assert not (tmp_path / "run-again").exists()
+
+    refused("found .* as the run and its copy", out=run)
+    told = record(run)
+    (tmp_path / "others.txt").write_text("a frog\n")
+    refused("found other prompts", prompts=tmp_path / "others.txt")
+    for change, expected in (
+        ({"data": {"teacher": "0"}}, "found other files in the teacher's folder"),
+        ({"origin": None}, "found no 'origin' in"),
+        ({"origin": told["origin"] | {"prompts": None}}, "found a run with prompts that were passed in Python"),
+        ({"origin": told["origin"] | {"given": ["real"]}}, "found a run with real passed in Python"),
+        ({"origin": told["origin"] | {"roles": {"shard": False, "colour": 3}}}, r"found the options \['colour'\]"),
+        ({"options": told["options"] | {"iterations": 3}}, "at iteration 2, expected it finished at iteration 3"),
+    ):
+        (run / RECORD).write_text(json.dumps(told | change))
+        refused(expected)
+    (run / RECORD).write_text("{")
+    refused("found no readable .*run.json")
+    (run / RECORD).unlink()
+    refused("found no run.json in")
+
+
+def test_phases_and_python_calls_are_made_again(tiny_teacher: Path, tmp_path: Path) -> None:
+    prompts = ["a frog", "a 3d pizza"]
+    options: Any = replace(preset("phased"), steps=2, phase_calls=(1, 1), critic_updates=1)  # type: ignore[type-var]
+    fewstep.distill(
+        tiny_teacher, options, out=tmp_path / "run", prompts=prompts, roles=RoleOptions(rank=2),
+        train_options=replace(SHORT, iterations=1, warmup=0),
+    )  # fmt: skip
+    found = fewstep.reproduce(tmp_path / "run", prompts=prompts)
+    assert found.equal, found.report()
+    assert [one.split(" of ")[1] for one in found.compared] == ["phase-1", "phase-2", "the student"]
+    assert record(tmp_path / "run" / "phase-2")["origin"]["given"] == []
