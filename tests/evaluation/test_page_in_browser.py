@@ -184,6 +184,34 @@ def test_votes_are_blind_kept_saved_and_counted_alike(page: Any, report: Path, t
     assert page.evaluate("window.hacked") is None
 
 
+def test_two_thousand_prompts_cost_no_more_elements_than_few(browser: Any, tmp_path: Path) -> None:
+    """What is in the document is a leaf; pictures of the last one are right, and so is what a search finds."""
+    count = 2000
+    number = np.arange(count)
+    colours = np.zeros((2, count, 3, 4, 4), dtype=np.uint8)
+    colours[:, :, 0], colours[:, :, 1] = (part[None, :, None, None] for part in (number % 256, number // 256))
+    colours[1, :, 2] = 255
+    given = [Candidate(name, torch.from_numpy(c), 4, 0.1) for name, c in zip("ab", colours, strict=True)]
+    path = write_page(
+        tmp_path / "many.html", title="many", subtitle="s", candidates=given, prompts=[f"prompt {i}" for i in number],
+        seeds=list(range(count)), runs={}, histograms={}, value_labels={}, settings={}, notes=[],
+    )  # fmt: skip
+    context = browser.new_context()
+    context.set_default_timeout(120_000)
+    opened = context.new_page()
+    opened.goto(path.as_uri())
+    opened.get_by_role("button", name="Last").click()
+    assert shown_prompts(opened) == [f"prompt {i}" for i in range(1992, 2000)]
+    assert colour(opened, '#grid [data-row="1999"][data-column="1"] img') == [1999 % 256, 1999 // 256, 255]
+    opened.fill("#find", "prompt 1234")
+    assert shown_prompts(opened) == ["prompt 1234"]
+    assert colour(opened, '#grid [data-row="1234"][data-column="0"] img') == [1234 % 256, 1234 // 256, 0]
+    opened.fill("#find", "")
+    assert opened.locator("#grid img").count() == 2 * 24
+    assert opened.evaluate("blocks.size") <= 6
+    context.close()
+
+
 def test_it_fits_a_phone_and_has_two_palettes(page: Any) -> None:
     for view in ("report", "pair", "blind"):
         page.evaluate(f"location.hash = '{view}'")
