@@ -123,7 +123,8 @@ def child(
     try:
         api.distill(
             teacher, options, out=out, prompts=PROMPTS, train_options=settings, hooks=hooks, resume=True,
-            roles=api.RoleOptions(roles=roles, rank=4), text=api.TextOptions(text_encoder="keep"),
+            roles=api.RoleOptions(roles="copies") if roles == "copies" else api.RoleOptions(roles=roles, rank=4),
+            text=api.TextOptions(text_encoder="keep"),
         )  # fmt: skip
     finally:
         if size > 1:

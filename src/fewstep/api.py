@@ -114,7 +114,7 @@ class RoleOptions:
         critic = needs.critic or (needs.discriminator and self.features(needs) == "critic")
         of_student, of_critic = self.roles == "adapters", critic and self.roles != "copies"
         for names, read, beside in (
-            (["rank"], of_student or (of_critic and self.critic_rank is None), "an adapter without a rank of its own"),
+            (["rank"], of_student or (of_critic and self.critic_rank is None), "an adapter that takes it (--roles)"),
             (["critic_rank"], of_critic, "a critic that is an adapter"),
             (["alpha", "layers"], of_student or of_critic, "adapters"),
             (["discriminator"], needs.discriminator, "a method with a discriminator (gan_weight above 0)"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.methods.base import Options
@@ -82,7 +83,7 @@ def teacher_digest(teacher: Teacher) -> str:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What of this machine and of the way a run is started may change the last bits of its numbers."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     here = {"device": device.type, "threads": torch.get_num_threads(), "processes": processes}
     return here | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 

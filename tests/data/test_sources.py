@@ -107,7 +107,8 @@ def test_a_text_file_stays_on_disk(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\n".join(f"prompt number {n} of many, with more words" for n in range(10_000)))
     prompts = read_prompts(tmp_path / "p.txt")
     assert isinstance(prompts, Spans)
-    held = [value for value in vars(prompts).values() if isinstance(value, (list, str, bytes, bytearray))]
+    own = [value for name, value in vars(prompts).items() if name != "source"]
+    held = [value for value in own if isinstance(value, (list, str, bytes, bytearray))]
     assert not held
     assert prompts[9_999].startswith("prompt number 9999 ")
 

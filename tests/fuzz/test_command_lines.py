@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from diffusers import DiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fuzz.fuzzing import CASES, cases, command, left_behind, outcome
+from tests.fuzz.test_options import values
 
 import fewstep
 from fewstep import api
@@ -50,7 +51,7 @@ JUNK = [
 STOPPED = (
     "fewstep.api.train", "fewstep.several.train_in_turn", "fewstep.reproducing.distill",
     "fewstep.commands.evaluate.study", "fewstep.commands.compare.compare", "fewstep.commands.plan.plan",
-    "fewstep.commands.cache.cache_prompts", "fewstep.commands.plan.blueprint",
+    "fewstep.commands.cache.cache_prompts", "fewstep.commands.plan.blueprint", "fewstep.league.cells.play",
 )  # fmt: skip
 """Work that sound command lines would do."""
 
@@ -105,6 +106,18 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Itera
         yield place
 
 
+def sound(kind: type, name: str) -> st.SearchStrategy[list[str]]:
+    """An option with a value of its type, of any size."""
+    flag = name.replace("_", "-")
+    if get_type_hints(kind)[name] is bool:
+        return st.sampled_from([[f"--{flag}"], [f"--no-{flag}"]])
+    if "str" in str(get_type_hints(kind)[name]) or "Path" in str(get_type_hints(kind)[name]):
+        return st.sampled_from(PATHS).map(lambda path: [f"--{flag}", path])
+    return values(kind, name).map(
+        lambda value: [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    )
+
+
 @st.composite
 def lines(draw: Any) -> list[str]:
     """A command, perhaps of a method, with options of its own or of nobody's, and values sound and not."""
@@ -119,10 +132,14 @@ def lines(draw: Any) -> list[str]:
     if name in ("distill", "msd", "sample", "evaluate", "cache") and draw(st.booleans()):
         words += ["--student" if name in ("sample", "evaluate") else "--teacher", draw(st.sampled_from(PATHS))]
         words += [] if name == "sample" else ["--prompts", "prompts.txt"]
-    flags = [f"--{entry.name.replace('_', '-')}" for kind in kinds for entry in fields(kind)]
+    known = [(kind, entry.name) for kind in kinds for entry in fields(kind)]
     for _ in range(draw(st.integers(0, 3))):
-        words.append(draw(st.sampled_from([*flags, "--nonsense", "--no-resume", "-x"]) if flags else st.just("--x")))
-        words += draw(st.lists(st.sampled_from(JUNK), max_size=2))
+        if known and draw(st.integers(0, 9)) < 7:
+            words += draw(st.sampled_from(known).flatmap(lambda option: sound(*option)))
+        else:
+            flags = [f"--{name.replace('_', '-')}" for _, name in known]
+            words.append(draw(st.sampled_from([*flags, "--nonsense", "--no-resume", "-x"])))
+            words += draw(st.lists(st.sampled_from(JUNK), max_size=2))
     if name in ("export", "reproduce", "compare", "teacher", "league"):
         words += draw(st.lists(st.sampled_from([*JUNK, "run:2", "card", "emoji:0"]), max_size=2))
     return words

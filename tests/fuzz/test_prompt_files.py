@@ -120,7 +120,7 @@ def test_shards_and_folders() -> None:
     fuzz()
 
 
-@pytest.mark.parametrize("where", ["a" * 5000, "a\0b", "/", "", "/dev/null", "x" * 300 + ":text"])
+@pytest.mark.parametrize("where", ["a" * 5000, "a\0b", "", "/dev/null", "x" * 300 + ":text"])
 def test_what_is_no_path_is_refused(where: str) -> None:
     assert outcome(lambda: read_prompts(where))
 

@@ -15,6 +15,7 @@ from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.methods.matching_options import MatchingOptions
 from fewstep.several import distill_part
+from fewstep.training.folder import noted
 from fewstep.training.options import TrainOptions
 
 
@@ -36,6 +37,7 @@ class PartOptions:
 
 def main(arguments: list[str]) -> None:
     """Parse, train one part, say where its student is and how all parts are used."""
+    words = ["fewstep", "msd", *arguments]
     method = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "tdm"
     options = preset(method)
     if not isinstance(options, MatchingOptions):
@@ -47,21 +49,22 @@ def main(arguments: list[str]) -> None:
     kind.__doc__ = f"Train the student of one part of the prompts by {method} (MSD, arXiv 2410.23274)."
     args = parse(kind, f"msd {method}", arguments)
     run, part = args.run, args.part
-    distill_part(
-        load_teacher(run.teacher, device=choose_device(run.device), **run.base, defer=args.roles.shard),
-        part.part,
-        out=run.out,
-        parts=part.parts,
-        dm=args.method,
-        gan_weight=part.adversarial,
-        depth=part.depth,
-        width=part.width,
-        prompts=read_prompts(run.prompts) if run.prompts else None,
-        roles=args.roles,
-        train_options=args.train,
-        text=args.text,
-        resume=run.resume,
-    )
+    with noted(command=lambda: words):
+        distill_part(
+            load_teacher(run.teacher, device=choose_device(run.device), **run.base, defer=args.roles.shard),
+            part.part,
+            out=run.out,
+            parts=part.parts,
+            dm=args.method,
+            gan_weight=part.adversarial,
+            depth=part.depth,
+            width=part.width,
+            prompts=read_prompts(run.prompts) if run.prompts else None,
+            roles=args.roles,
+            train_options=args.train,
+            text=args.text,
+            resume=run.resume,
+        )
     if os.environ.get("RANK", "0") == "0":
         print(f"student of part {part.part}: {run.out}/part-{part.part}/student", file=sys.stderr)
         print(f"when all {part.parts} parts are there: fewstep sample {run.out} ...", file=sys.stderr)

@@ -20,6 +20,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from fewstep.errors import FewstepError
 
 LONGEST = 4_000
 """Characters of a prompt above which it is taken for a mistake."""
+_MOST_FILES = 100_000
+"""In a folder of prompts; with more it is taken for a mistake."""
 _LARGEST_MEMBER = 1 << 24
 """Bytes of a shard's member above which it is not read."""
 
@@ -277,8 +280,13 @@ def _folder(path: Path, column: str | None) -> Prompts:
         )
     if (path / "state.json").is_file():
         return _arrow([path / name for name in _listed(path / "state.json", "_data_files", "filename")], column)
+    there = list(islice(path.rglob("*"), _MOST_FILES))
+    if len(there) == _MOST_FILES:
+        raise FewstepError(
+            f"found {_MOST_FILES} files and more in {path}, expected the folder of a dataset, fix: pass a folder in it"
+        )
     for suffix, reader in ((".parquet", _parquet), (".tar", _shards)):
-        files = sorted(path.rglob(f"*{suffix}"))
+        files = sorted(file for file in there if file.name.endswith(suffix))
         if files:
             return reader(files, column)
     raise FewstepError(

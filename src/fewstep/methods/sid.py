@@ -91,16 +91,16 @@ class SiDOptions(MatchingOptions):
 
     def validate(self) -> None:
         self.require_choices(_CHOICES)
-        super().validate()
-        require(self.alpha >= 0, "alpha", self.alpha, "0 or more", "use 1, or 0.5 for an unbiased gradient")
-        require(0 <= self.critic_dropout < 1, "critic_dropout", self.critic_dropout, "a share in [0, 1)", "use 0.1")
-        for name in ("critic_training_scale", "critic_scale"):
-            require(math.isfinite(getattr(self, name)), name, getattr(self, name), "a number", "1 means none")
         unread = [f.name for f in fields(self) if f.name in _UNREAD and getattr(self, f.name) != f.default]
         if unread:
             raise contradiction(
                 f"{unread} for SiD", "a Fisher divergence, which has no such settings", "leave them out"
             )
+        super().validate()
+        require(self.alpha >= 0, "alpha", self.alpha, "0 or more", "use 1, or 0.5 for an unbiased gradient")
+        require(0 <= self.critic_dropout < 1, "critic_dropout", self.critic_dropout, "a share in [0, 1)", "use 0.1")
+        for name in ("critic_training_scale", "critic_scale"):
+            require(math.isfinite(getattr(self, name)), name, getattr(self, name), "a number", "1 means none")
         if self.chain_noise == "fixed" and self.eta == 1:
             raise contradiction("chain_noise 'fixed' with eta 1", "steps with new noise", "set eta to 0")
         known = self.critic_dropout > 0 and self.critic_training_scale != 0

@@ -57,7 +57,10 @@ class Split:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Split:
         """What `to_config` described."""
-        return cls(*(torch.tensor(config[name], dtype=torch.float64) for name in ("mean", "direction", "edges")))
+        parts = [torch.tensor(config[name], dtype=torch.float64) for name in ("mean", "direction", "edges")]
+        if any(part.ndim != 1 for part in parts) or len(parts[0]) != len(parts[1]):
+            raise ValueError("numbers of another shape than a direction's")
+        return cls(*parts)
 
 
 def contiguous_split(embeddings: Tensor, parts: int) -> Split:
@@ -143,9 +146,23 @@ class Router:
         assert self._centres is not None
         return len(self._centres)
 
+    @property
+    def _width(self) -> int:
+        """Numbers in an embedding."""
+        if self._split is not None:
+            return len(self._split.mean)
+        assert self._centres is not None
+        return self._centres.shape[1]
+
     def route(self, prompts: Sequence[str], embed: Embed) -> Tensor:
         """(N,) long: the part of each prompt."""
         embeddings = embed(prompts)
+        width = self._width
+        if embeddings.shape[1] != width:
+            raise FewstepError(
+                f"found text embeddings of {embeddings.shape[1]} numbers for a router of {width}, expected those of "
+                "the teacher it was made with, fix: copy the router from where the parts were made"
+            )
         if self._split is not None:
             return self._split.part(embeddings)
         assert self._centres is not None
@@ -184,8 +201,11 @@ class Router:
                 raise ValueError(f"format {card['format']}, kind {card['kind']}")
             if card["kind"] == "contiguous":
                 return cls(Split.from_config(card))
-            return cls(None, card["table"], torch.tensor(card["centres"], dtype=torch.float64))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            table, centres = dict(card["table"]), torch.tensor(card["centres"], dtype=torch.float64)
+            if centres.ndim != 2 or not all(part in range(len(centres)) for part in table.values()):
+                raise ValueError("a table of other parts than there are")
+            return cls(None, table, centres)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
             raise FewstepError(
                 f"found no readable {path} ({type(error).__name__}: {error}), expected the router of a partition of "
                 f"format {ROUTER_FORMAT}, fix: copy it from where the parts were made"

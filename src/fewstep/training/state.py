@@ -98,7 +98,7 @@ class State:
         try:
             scalers = {trainee.role: dict(found.state[f"{trainee.role}_loss_scaler"]) for trainee in self.trainees}
             updates = int(found.state["ema_updates"])
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise FewstepError(
                 f"found a state.json in {found.folder} without what this run needs ({type(error).__name__}: {error}), "
                 "expected loss scales and updates, fix: move this checkpoint away, so that the one before is used"
