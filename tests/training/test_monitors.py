@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.evaluation import faulty_runs
+from fewstep.evaluation import faulty_runs, page
 from fewstep.evaluation.faulty_runs import FAULTS, SOUND, Fault
 from fewstep.methods.base import agreement_metrics, guidance_metrics
+from fewstep.training.log import Log, read_alarms, read_log
 from fewstep.training.monitors.conditions import CONDITIONS
 from fewstep.training.monitors.null import null_numbers
 from fewstep.training.monitors.watch import Alarm, Watch
@@ -113,3 +114,26 @@ def test_an_unconditional_embedding_of_zeros_is_seen_unless_the_family_has_it_so
     assert null_numbers(plain, nulls, condition) == {}  # type: ignore[arg-type]
     nulls.backbone = type("SDXL", (), {"zero_null": True})()  # type: ignore[attr-defined]
     assert null_numbers(guided, nulls, condition) == {"null/told": 1.0}  # type: ignore[arg-type]
+
+
+def test_alarms_are_lines_of_the_log_that_its_readers_tell_apart(tmp_path: Path) -> None:
+    watch = Watch()
+    (alarm,) = (
+        watch.look(3, {"moved/critic": 0.0})
+        + watch.look(4, {"moved/critic": 0.0})
+        + watch.look(5, {"moved/critic": 0.0})
+    )
+    log = Log(tmp_path, 0, tensorboard=False)
+    log.write(5, {"loss/critic": 1.0})
+    log.alarm(5, replace(alarm, value=math.inf, advice="<b>look</b>").record() | {"done": "stop", "to": 0})
+    log.write(6, {"loss/critic": 2.0})
+    log.close()
+    assert read_log(log.path) == [{"iteration": 5, "loss/critic": 1.0}, {"iteration": 6, "loss/critic": 2.0}]
+    (told,) = read_alarms(log.path)
+    assert (told["name"], told["number"], told["since"], told["value"]) == ("frozen", "moved/critic", 3, None)
+    shown = page._alarms([told])
+    assert "<b>frozen</b> at iteration 5: moved/critic = not finite, healthy: always; &lt;b&gt;look" in shown
+    assert "(stop)" in shown
+    assert page._alarms([]) == ""
+    Log(tmp_path, 4, tensorboard=False).close()  # resumed from before the alarm
+    assert read_alarms(log.path) == []

@@ -186,4 +186,4 @@ def test_drift_is_named_where_the_score_rises_and_samples_are_too_sharp(tmp_path
 
 def test_lost_variety_is_named(tmp_path: Path) -> None:
     result = _run(tmp_path, _scored(*range(6, 0, -1), variety=0.3)[0], on_alarm="warn")
-    assert [(a["name"], a["iteration"], a["done"]) for a in read_alarms(result.log)] == [("low-variety", 4, "told")]
+    assert [(a["name"], a["iteration"], a["done"]) for a in read_alarms(result.log)] == [("low-variety", 6, "told")]

@@ -136,8 +136,8 @@ CONDITIONS: tuple[Condition, ...] = (
         ("metric/student/contrast",),
         "the student's contrast falls far short of the teacher's (blur, or one picture for all): raise critic_updates, "
         "and see that prompts reach the student",
-        low=0.5,
-        after=20,
+        low=0.4,
+        after=200,
     ),
     Condition(
         "clipping",
@@ -191,8 +191,8 @@ CONDITIONS: tuple[Condition, ...] = (
         "low-variety",
         ("evaluate/variety",),
         "seeds of one prompt come out more alike than the teacher's: raise critic_updates, or another divergence",
-        low=0.5,
-        after=2,
+        low=0.4,
+        after=3,
     ),
     Condition(
         "drift",
