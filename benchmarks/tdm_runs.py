@@ -49,6 +49,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "unify": {"preset": "tdm-unify"},
     "unify, not told K": {"preset": "tdm-unify", "method": {"steps_condition": False}},
     "long": {"times": 5},
+    "more guidance than the solver": {
+        "method": {
+            "start_time": 1.0,
+            "solver_weight": 10.0,
+            "solver_substeps": 3,
+            "guidance_scale": 5.0,
+            "solver_guidance": 3.5,
+        },
+        "train": {"student_rate": 2e-4, "critic_rate": 8e-4},
+        "times": 6,
+    },
     "solver term, start at 1, long": {
         "method": {"start_time": 1.0, "solver_weight": 10.0, "solver_substeps": 3},
         "train": {"student_rate": 2e-4, "critic_rate": 8e-4, "ema_decay": 0.995},
@@ -71,7 +82,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     iterations = args.iterations * changes.get("times", 1)
     train = {
         "iterations": iterations, "batch": args.batch, "seed": args.seed, "log_every": 5, "keep": 1,
-        "checkpoint_every": args.iterations, "evaluate_every": max(1, args.iterations // 2),
+        "checkpoint_every": args.iterations, "evaluate_every": max(1, iterations // 4),
         "precision": args.precision,
     }  # fmt: skip
     start = time.perf_counter()

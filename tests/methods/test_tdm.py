@@ -97,6 +97,7 @@ VARIANTS = {
     "to_T, told": {"tau_range": "to_T", "critic_call_condition": True},
     "stochastic": {"eta": 0.9},
     "kept near the solver": {"solver_weight": 10.0, "solver_substeps": 3},
+    "kept near the unguided solver": {"solver_weight": 10.0, "solver_guidance": 1.0},
     "paper": {"critic_target": "denoised", "importance": "mean", "metric": "huber_vector", "loss_on": "landing"},
     "TDM-R1": {"shift": 3.0, "tau_law": "uniform_unshifted", "tau_range": "to_T", "critic_weight": "inverse_sigma"},
     "Flow-Factory": {
@@ -207,10 +208,11 @@ def test_loss_on_the_landing_point_has_the_gradient_of_the_denoised_one_times_c(
     torch.testing.assert_close(gradients["landing"], factor[:, None] * gradients["denoised"])
 
 
+@pytest.mark.parametrize("own", [None, 1.5])
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
-def test_solver_term_is_the_distance_from_the_guided_teachers_own_landing(process: Process) -> None:
+def test_solver_term_is_the_distance_from_the_guided_teachers_own_landing(process: Process, own: float | None) -> None:
     """Half its mean square, on top of the rest; the teacher's path is what the sampler makes on a grid cut in three."""
-    method = TDM(TDMOptions(solver_weight=10.0, solver_substeps=3, guidance_scale=2.0))
+    method = TDM(TDMOptions(solver_weight=10.0, solver_substeps=3, guidance_scale=2.0, solver_guidance=own))
     plain = TDM(replace(method.options, solver_weight=0.0))
     values = []
     for each in (method, plain):
@@ -220,7 +222,7 @@ def test_solver_term_is_the_distance_from_the_guided_teachers_own_landing(proces
     call = draw().sub("student").integers("call", path.steps)
 
     def teacher(x: Tensor, t: Tensor, told: Condition) -> Tensor:
-        return guided(roles.exact, x, t, told, roles.null(told), 2.0)
+        return guided(roles.exact, x, t, told, roles.null(told), own or 2.0)
 
     expected = torch.empty(COUNT, dtype=torch.float64)
     for row in range(COUNT):

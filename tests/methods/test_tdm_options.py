@@ -97,6 +97,7 @@ def test_grids() -> None:
         ({"huber_c": 0.0}, "huber_c = 0.0"),
         ({"solver_weight": -1.0}, "solver_weight = -1.0"),
         ({"solver_weight": 1.0, "solver_substeps": 0}, "solver_substeps = 0"),
+        ({"solver_weight": 1.0, "solver_guidance": -1.0}, "solver_guidance = -1"),
         ({"solver_weight": 1.0, "eta": 0.9}, "solver_weight 1.0 with eta 0.9"),
         ({"solver_weight": 1.0, "landing": "random"}, "solver_weight 1.0 with eta 1"),
     ],

@@ -83,6 +83,7 @@ UNDER: dict[str, tuple[dict[str, Any], Any]] = {
     "ratio_bins": ({"divergence": "jensen_shannon"}, 1),
     "discriminator_weight": ({"gan_weight": 0.1}, 1.0),
     "solver_substeps": ({"solver_weight": 1.0}, 3),
+    "solver_guidance": ({"solver_weight": 1.0}, 2.0),
 }
 """Options that act only together with others."""
 

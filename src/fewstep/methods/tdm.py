@@ -54,7 +54,7 @@ class TDM(Matching):
 
     def _forwards_of_losses(self) -> float:
         o = self.options
-        solver = o.solver_substeps * (1 if o.guidance_scale == 1 else 2) if o.solver_weight else 0
+        solver = o.solver_substeps * (1 if self._solver_guidance == 1 else 2) if o.solver_weight else 0
         return super()._forwards_of_losses() + solver
 
     def _visits(self, path: Path, draw: Draw) -> list[tuple[Tensor, Draw]]:
@@ -100,6 +100,11 @@ class TDM(Matching):
             terms["solver"] = self.options.solver_weight, distance
         return terms
 
+    @property
+    def _solver_guidance(self) -> float:
+        told = self.options.solver_guidance
+        return self.options.guidance_scale if told is None else told
+
     @torch.no_grad()
     def _solver_landing(self, roles: Roles, landing: Landing) -> Tensor:
         """(B, ...) where the guided teacher's DDIM gets in `solver_substeps` steps of equal length."""
@@ -107,7 +112,7 @@ class TDM(Matching):
         x, t = land(process, landing.denoised, landing.eps_hat, landing.t_from), landing.t_from  # the call's own input
         for step in range(1, o.solver_substeps + 1):
             to = torch.lerp(landing.t_from, landing.t, step / o.solver_substeps)
-            denoised = guided(roles.teacher, x, t, condition, roles.null(condition), o.guidance_scale)
+            denoised = guided(roles.teacher, x, t, condition, roles.null(condition), self._solver_guidance)
             x, t = ddim_step(process, x, denoised, t, to), to
         return x
 

@@ -53,6 +53,10 @@ class TDMOptions(MatchingOptions):
     what guided sampling samples (docs/findings/guided-fixed-point.md); this term keeps the student near the latter."""
     solver_substeps: int = 2
     """Steps of that solver in a segment, 1 or more; each costs two more forwards, one where there is no guidance."""
+    solver_guidance: float | None = None
+    """Guidance of that solver, 0 or more, 1 = none: that of the samples one wants; `guidance_scale` unless told. Guided
+    matching at 4 steps rests below the guidance it is told, so give it more than the solver (ours:
+    docs/findings/guided-fixed-point.md)."""
     loss_on: LossOn = "denoised"
     """What is pulled along the direction: the `denoised` sample (all released code) or the `landing` point (paper)."""
 
@@ -80,8 +84,10 @@ class TDMOptions(MatchingOptions):
     def _validate_solver(self) -> None:
         require(self.solver_weight >= 0, "solver_weight", self.solver_weight, "0 or more", "use 0.5, or 0 for none")
         require(1 <= self.solver_substeps <= MOST, "solver_substeps", self.solver_substeps, f"1 to {MOST}", "use 2")
+        if self.solver_guidance is not None:
+            require(self.solver_guidance >= 0, "solver_guidance", self.solver_guidance, "0 or more", "1 means none")
         if not self.solver_weight:
-            refuse_unread(self, ["solver_substeps"], "a solver_weight above 0")
+            refuse_unread(self, ["solver_substeps", "solver_guidance"], "a solver_weight above 0")
         if self.solver_weight and (self.eta != 1 or self.landing != "fixed"):
             raise contradiction(
                 f"solver_weight {self.solver_weight} with eta {self.eta} and landing {self.landing!r}",
