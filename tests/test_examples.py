@@ -114,17 +114,16 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_own_teacher_is_the_exact_denoiser() -> None:
-    """The formula of the example, by Monte Carlo: E[x0 | x near a point]."""
+    """By Tweedie's formula, from the logarithm of the density: alpha E[x0 | x] = x + sigma^2 d log p / dx."""
     example = runpy.run_path(str(FOLDER / "own_teacher.py"))
-    generator = torch.Generator().manual_seed(0)
-    clean = example["BLOBS"][torch.randint(8, (400_000,), generator=generator)]
-    clean = clean + example["WIDTH"] * torch.randn(clean.shape, generator=generator)
-    t = 0.6
-    x = (1 - t) * clean + t * torch.randn(clean.shape, generator=generator)
-    point = torch.tensor([[0.5, 0.3]])
-    near = (x - point).norm(dim=1) < 0.05
-    expected = clean[near].mean(0, keepdim=True)
-    torch.testing.assert_close(example["my_posterior_mean"](point, torch.tensor([t])), expected, atol=0.1, rtol=0)
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    t = torch.linspace(0.05, 0.95, 50)
+    alpha, sigma = (1 - t)[:, None], t[:, None]
+    variance = (alpha * example["WIDTH"]) ** 2 + sigma**2
+    distance = (x[:, None] - alpha[:, None] * example["BLOBS"]).square().sum(2)
+    torch.logsumexp(-distance / (2 * variance), 1).sum().backward()
+    expected = (x.detach() + sigma**2 * x.grad) / alpha
+    torch.testing.assert_close(example["my_posterior_mean"](x.detach(), t), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
@@ -155,10 +154,10 @@ def test_a_package_brings_its_own_method(
     prompts.write_text("a frog\n")
     where = ["--teacher", str(tiny_teacher), "--prompts", str(prompts), "--out", str(tmp_path / "run")]
     quick = ["--iterations", "1", "--batch", "2", "--warmup", "0", "--no-tensorboard"]
-    cli.main(["distill", "imitation", *where, *quick, "--substeps", "2", "--steps", "3"])
+    cli.main(["distill", "imitation", *where, *quick, "--substeps", "2", "--steps", "2"])
     card = json.loads((tmp_path / "run" / "student" / "fewstep.json").read_text())
     assert card["method"] == "imitation"
-    assert card["details"]["method"] == {"steps": 3, "substeps": 2, "guidance_scale": 3.5}
+    assert card["details"]["method"] == {"steps": 2, "substeps": 2, "guidance_scale": 3.5}
     capsys.readouterr()
     cli.main(["methods"])
     assert "imitation" in capsys.readouterr().out
@@ -190,6 +189,6 @@ def test_the_own_method_lands_where_the_teacher_does() -> None:
         roles = ToyRoles(exact, lambda x, t, condition, gain=gain: gain * exact(x, t, condition), exact)
         values = method.student_loss(method.rollout(batch, roles, draw), roles, draw).values
         if expected is None:
-            assert bool((values > 1e-4).all())
+            assert bool((values > 0).all())
         else:
             torch.testing.assert_close(values, torch.zeros_like(values))

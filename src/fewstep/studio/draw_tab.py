@@ -117,11 +117,11 @@ def draw_tab(page: gr.Blocks, desk: Desk) -> None:
         with gr.Column(scale=3, min_width=300):
             pictures = gr.HTML(pair(None, None, "Press Draw."))
     controls, asked = [student, slider, choice, with_teacher], [student, prompt, seed, slider, choice, with_teacher]
-    one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device"}
+    one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress": "minimal"}
     gr.on([draw.click, prompt.submit], answers.both, asked, pictures, api_name="draw", **one)
     gr.on(
         [slider.input, choice.input], answers.student, asked, pictures, api_name="draw_student",
-        trigger_mode="always_last", show_progress="hidden", **one,
+        trigger_mode="always_last", **one,
     )  # fmt: skip
     drawn = another.click(lambda: secrets.randbelow(_LARGEST_SEED), None, seed, api_visibility="private")
     drawn.then(answers.both, asked, pictures, api_visibility="private", **one)
