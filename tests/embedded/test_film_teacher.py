@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 import fewstep
 from fewstep.commands import teacher as command
-from fewstep.data.films import draw_film_caption, draw_films
+from fewstep.data.films import draw_film_caption, draw_films, film_training_captions
+from fewstep.data.real import RealFilms
+from fewstep.data.scenes import held_out
 from fewstep.embedded.autoencoder import build_autoencoder
 from fewstep.embedded.film_build import FILM_FOLDER, FilmBuildOptions, build_film_teacher
 from fewstep.embedded.film_teacher import (
@@ -130,6 +132,20 @@ def test_the_result_is_a_teacher_of_films(built: Path) -> None:
     frames = pipeline(["a frog", "a pig"], num_frames=5, num_inference_steps=2, generator=generators, output_type="pt")
     ours, theirs = films.float() / 255, frames.frames
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0.02)
+
+
+def test_real_films_are_functions_of_the_samples_number(built: Path) -> None:
+    backbone = load_backbone(built / FILM_FOLDER, size={"num_frames": 3})
+    source, samples = RealFilms(backbone, frames=3), torch.tensor([5, 100_003])
+    latents, condition = source(1, samples)
+    again, _ = source(9, samples.flip(0))
+    assert latents.shape == (2, *backbone.latent_shape)
+    torch.testing.assert_close(again.flip(0), latents)
+    films = draw_films([5, 100_003], frames=3)
+    torch.testing.assert_close(latents, encode_frames(backbone.pipeline.vae, films.pixels))
+    for name, value in backbone.encode([str(c) for c in films.captions]).items():
+        torch.testing.assert_close(condition[name], value)
+    assert not any(held_out(text) for text in film_training_captions(200))
 
 
 def test_encoded_captions_are_those_of_training(built: Path) -> None:

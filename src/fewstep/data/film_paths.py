@@ -46,10 +46,10 @@ def draw_path(motion: str, frames: int, rng: np.random.Generator) -> np.ndarray:
         angle = rng.uniform(0, 2 * math.pi) + t[:, 0] * rng.choice((-1, 1)) * 2 * math.pi / rng.uniform(16, 28)
         return centre + radius * np.stack([np.cos(angle), np.sin(angle)], 1)
     if motion == "wanders":
-        angle = rng.uniform(0, 2 * math.pi)
-        return _wander(start, angle, rng.standard_normal((frames, 2)))
+        heading = rng.uniform(0, 2 * math.pi)
+        return _wander(start, heading, rng.standard_normal((frames, 2)))
     direction = np.array(_SLIDES[motion.split()[-1]])
-    begin = np.float64(MARGIN + rng.uniform(0, 0.4) * (SIDE - 2 * MARGIN))  # leaves room ahead before it turns
+    begin = MARGIN + rng.uniform(0, 0.4) * (SIDE - 2 * MARGIN)  # leaves room ahead before it turns
     start = np.where(direction > 0, begin, np.where(direction < 0, SIDE - begin, start))
     path = _fold(start + t * rng.uniform(0.4, 0.8) * direction)
     if motion.startswith("hops"):

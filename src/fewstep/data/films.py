@@ -75,6 +75,12 @@ def draw_film_caption(rng: np.random.Generator, *, for_evaluation: bool = False)
             return caption
 
 
+def film_training_captions(count: int = 8192, seed: int = 0) -> list[str]:
+    """Captions of films for a distillation; none of them is held out for evaluation."""
+    rng = np.random.default_rng([seed, 5])
+    return [str(draw_film_caption(rng)) for _ in range(count)]
+
+
 @dataclass(frozen=True)
 class FilmBatch:
     """Films with everything that is known of them."""

@@ -1,4 +1,4 @@
-"""Where the clean samples of a discriminator come from: scenes of the embedded data set, or images of one's own.
+"""Where the clean samples of a discriminator come from: scenes and films of the embedded data sets, or own images.
 
 What a sample gets depends on its global number only, so it is the same after a resume and for any number of processes.
 Images are encoded by the teacher's own autoencoder when they are needed.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.tensors import Condition
+from fewstep.data.films import FRAMES, draw_films
 from fewstep.data.prompts import shuffled
 from fewstep.data.scenes import Scenes
 from fewstep.errors import FewstepError
@@ -47,6 +48,19 @@ class RealScenes:
         """Image (3, 64, 64) in [-1, 1] and caption of a global sample number."""
         images, captions, _ = self._scenes.draw(1, np.random.default_rng([self._seed, 7, sample]))
         return images[0], str(captions[0])
+
+
+class RealFilms:
+    """An endless sequence of films with their captions, none of them held out; `frames` long, as the backbone's."""
+
+    def __init__(self, backbone: Encoder, frames: int = FRAMES, seed: int = 0) -> None:
+        self._backbone, self._frames, self._seed = backbone, frames, seed
+
+    def __call__(self, iteration: int, samples: Tensor) -> tuple[Tensor, Condition]:
+        """Latents (B, ...) and conditions of global sample numbers (B,)."""
+        films = draw_films(samples.tolist(), seed=self._seed, frames=self._frames)
+        captions = [str(caption) for caption in films.captions]
+        return self._backbone.encode_images(films.pixels.transpose(1, 2)), self._backbone.encode(captions)
 
 
 class RealImages:

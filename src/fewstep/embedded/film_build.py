@@ -31,7 +31,7 @@ FILM_FOLDER = "film-teacher"
 class FilmBuildOptions:
     """How much each stage trains."""
 
-    autoencoder_iterations: int = 1_500
+    autoencoder_iterations: int = 4_000
     """Batches of 32 frames."""
     save_seconds: float = 300.0
     """How often the teacher's training state is saved."""
