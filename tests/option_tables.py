@@ -69,7 +69,8 @@ _OTHER: dict[str, list[Any]] = {
     "step_counts": [(2, 4)], "shift": [3.0], "start_time": [0.8], "eta": [0.5], "logit_mean": [1.0],
     "logit_std": [0.5], "tau_min": [0.1], "margin": [0.05], "snr_cap": [0.01], "critic_updates": [3],
     "guidance_scale": [2.0], "ratio_clip": [(0.9, 1.1)], "ratio_bins": [1], "solver_substeps": [3],
-    "solver_guidance": [2.0], "moment_mean": [0.3], "moment_variance": [0.5], "critic_dropout": [0.9], "critic_clamp": [0.5],
+    "solver_guidance": [2.0], "moment_mean": [0.3], "moment_variance": [0.5], "critic_dropout": [0.9],
+    "critic_clamp": [0.5],
     "critic_scale": [2.0], "critic_training_scale": [2.0], "phase": [2],
 }  # fmt: skip
 

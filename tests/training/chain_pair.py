@@ -75,7 +75,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "phases begun by one": lambda folder: phased(folder, folder / "one-then-two-phased", "adapters", resume=True),
     "sharded phases": lambda folder: phased(folder, folder / "two-phased-copies", "copies", shard=True),
     "a part with a smaller student": lambda folder: part(folder, folder / "two-part-mixed", "mixed", depth=0.5),
-    "a sharded part": lambda folder: part(folder, folder / "two-part-adapters", "adapters", shard=True),
+    "a sharded part": lambda folder: part(folder, folder / "two-part-copies", "copies", shard=True),
     "samples": lambda folder: sampled(folder, folder / "two-samples"),
 }
 
@@ -85,6 +85,6 @@ def alone(folder: Path) -> None:
     phased(folder, folder / "one-phased-adapters", "adapters")
     phased(folder, folder / "one-phased-copies", "copies")
     part(folder, folder / "one-part-mixed", "mixed", depth=0.5)
-    part(folder, folder / "one-part-adapters", "adapters")
+    part(folder, folder / "one-part-copies", "copies")
     sampled(folder, folder / "one-samples")
     begun(folder / "one-phased-adapters", folder / "one-then-two-phased")

@@ -15,7 +15,7 @@ from fewstep.evaluation.samples import read_sample
 from fewstep.several import RoleOptions, distill_part
 from fewstep.training.log import read_log
 
-RUNS = {"phased-adapters": 2, "phased-copies": 2, "part-mixed": 2, "part-adapters": 2}
+RUNS = {"phased-adapters": 2, "phased-copies": 2, "part-mixed": 2, "part-copies": 2}
 """Turns of each."""
 
 
@@ -27,7 +27,7 @@ def test_the_two_say(two_processes: Path, check: str) -> None:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_chain_is_the_same_by_two_processes(two_processes: Path, run: str) -> None:
-    """The copies and the part of adapters by two that share their weights."""
+    """The copies by two that share their weights."""
     assert compare(two_processes / f"one-{run}", two_processes / f"two-{run}") == RUNS[run]
 
 
