@@ -147,8 +147,9 @@ class Matching:
     def _require_data(self, batch: Batch) -> None:
         if self.needs.real_data and batch.real is None:
             raise FewstepError(
-                f"found a batch without real data, expected some, since {self.name} here has a discriminator "
-                "(gan_weight above 0, or a divergence other than reverse_kl), fix: fill Batch.real"
+                f"found a batch without real data, expected some, since {self.name} here looks at them (a "
+                "discriminator, by gan_weight above 0 or a divergence other than reverse_kl; or history 'data'), "
+                "fix: fill Batch.real"
             )
 
     def critic_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
