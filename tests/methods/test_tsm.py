@@ -183,12 +183,8 @@ def test_points_lie_on_the_teachers_own_path(process: Process) -> None:
 
 @pytest.mark.parametrize(("points", "scale"), [("path", 1.0), ("path", 3.0), ("data", 1.0), ("data", 3.0)])
 def test_forwards_are_what_is_claimed(points: str, scale: float) -> None:
-    method, roles = (
-        TSM(
-            replace(TSMOptions(points=points, guidance_scale=scale), **({"path_steps": 6} if points == "path" else {}))
-        ),
-        ring_roles(Flow()),
-    )
+    own = {"path_steps": 6} if points == "path" else {}
+    method, roles = TSM(TSMOptions(points=points, guidance_scale=scale, **own)), ring_roles(Flow())
     for iteration in range(20):
         numbers = draw(iteration)
         method.student_loss(method.rollout(batch(real=points == "data"), roles, numbers), roles, numbers)
