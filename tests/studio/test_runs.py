@@ -10,7 +10,8 @@ import pytest
 from fewstep.errors import FewstepError
 from fewstep.models.export import CARD
 from fewstep.models.student import ROUTER
-from fewstep.studio.runs import RunsFolder, read_alarms
+from fewstep.studio.runs import RunsFolder
+from fewstep.training.log import read_alarms
 
 
 def test_runs_with_their_state(folder: Path) -> None:

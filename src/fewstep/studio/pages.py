@@ -22,7 +22,8 @@ from fewstep.errors import FewstepError
 from fewstep.evaluation.charts import Curve, curve_svg, number, read_curves
 from fewstep.evaluation.pictures import to_pil
 from fewstep.studio.desk import Drawing
-from fewstep.studio.runs import Grid, Run, RunsFolder, read_alarms
+from fewstep.studio.runs import Grid, Run, RunsFolder
+from fewstep.training.log import read_alarms
 
 _SMALL = 256
 """Pictures below this side are enlarged pixel by pixel."""

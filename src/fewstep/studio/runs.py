@@ -122,13 +122,6 @@ class RunsFolder:
                 yield from self._folders(folder / name, depth - 1, marks)
 
 
-def read_alarms(log: Path) -> list[dict[str, Any]]:
-    """What the monitors told, oldest first: objects under the key "alarm" on lines of their own."""
-    with log.open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file if '"alarm"' in line and line.endswith("\n")]
-    return [line["alarm"] for line in lines if isinstance(line.get("alarm"), dict)]
-
-
 def _file(path: Path) -> Path | None:
     """A file that is no link."""
     return path if path.is_file() and not path.is_symlink() else None

@@ -78,7 +78,7 @@ def read_log(path: Path) -> list[dict[str, float | None]]:
 
 def read_alarms(path: Path) -> list[dict[str, Any]]:
     """The alarms of a `log.jsonl`, oldest first, as `monitors.watch.Alarm.record` writes them, with what was done."""
-    return [record["alarm"] for _, record in _whole_lines(path) if "alarm" in record]
+    return [record["alarm"] for _, record in _whole_lines(path) if isinstance(record.get("alarm"), dict)]
 
 
 def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
