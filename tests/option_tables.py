@@ -15,6 +15,12 @@ MANY_COUNTS = {"step_counts": (2, 4), "steps": 4, "regression_weight": 0.0}
 APART = {"guidance": "decoupled", "guidance_levels": "shared", "normaliser": "dmd", "joint_normaliser": False}
 PROMPTS_DROPPED = {"critic_dropout": 0.5, "critic_training_scale": 1.0, "critic_scale": 1.0}
 
+LOSS = {"matching_weight": 1.0}
+TRAJECTORIES = {"source": "trajectories"}
+QUICK = {"critic_updates": 1}
+QUICK_CAUSAL = {"chunk": 1, "steps": 2}
+"""So that tests are quick."""
+
 BESIDE: dict[str, dict[str, Any]] = {
     "steps": ONE_COUNT | {"regression_weight": 0.0},
     "step_counts": MANY_COUNTS | {"step_counts": (4,)},
@@ -24,12 +30,17 @@ BESIDE: dict[str, dict[str, Any]] = {
     "logit_mean": {"tau_law": "logit_normal"},
     "logit_std": {"tau_law": "logit_normal"},
     "snr_cap": {"critic_weight": "min_snr"},
-    "huber_c": {"metric": "huber_vector"},
-    "guidance_levels": {"guidance": "decoupled", "joint_normaliser": False, "steps": 4, "regression_weight": 0.0},
-    "joint_normaliser": APART,
-    "normaliser": {"joint_normaliser": False},
-    "ratio_clip": {"divergence": "jensen_shannon", "ratio_bins": 1},
-    "ratio_bins": {"divergence": "jensen_shannon"},
+    "metric": LOSS,
+    "huber_c": LOSS | {"metric": "huber_vector"},
+    "guidance_scale": LOSS | TRAJECTORIES,
+    "guidance": LOSS,
+    "guidance_levels": LOSS
+    | {"guidance": "decoupled", "joint_normaliser": False, "steps": 4, "start_time": 0.9, "regression_weight": 0.0},
+    "joint_normaliser": LOSS | APART,
+    "normaliser": LOSS | {"joint_normaliser": False},
+    "divergence": LOSS,
+    "ratio_clip": LOSS | {"divergence": "jensen_shannon", "ratio_bins": 1},
+    "ratio_bins": LOSS | {"divergence": "jensen_shannon"},
     "discriminator_weight": {"gan_weight": 0.1},
     "solver_substeps": {"solver_weight": 1.0},
     "solver_guidance": {"solver_weight": 1.0},
@@ -45,6 +56,12 @@ BESIDE: dict[str, dict[str, Any]] = {
     "critic_training_scale": PROMPTS_DROPPED,
     "critic_scale": PROMPTS_DROPPED,
     "critic_dropout": {"critic_training_scale": 1.0, "critic_scale": 1.0},
+    "sink": {"window": 1, "sink_decay": 1.0},
+    "positions": {"sink": 1, "window": 1},
+    "sink_decay": {"sink": 1, "window": 1, "history": "own"},
+    "history": {"sink_decay": 1.0},
+    "path_steps": TRAJECTORIES,
+    "reward_mean": {"relative_to": "mean"},
 }
 """Settings, of those that a method has, beside which an option acts."""
 
@@ -55,11 +72,16 @@ EQUAL = {
 }
 """Options of which other values may mean the same as the preset's, with the reason."""
 
+_NOT_SID = {
+    "metric", "huber_c", "guidance", "guidance_levels", "joint_normaliser", "divergence", "ratio_clip", "ratio_bins",
+}  # fmt: skip
+_NOT_CAUSAL = {"step_counts", "steps_condition", "regression_weight", "critic_call_condition", "chain_noise"}
 NEVER: dict[str, set[str]] = {
-    "SiDOptions": {
-        "metric", "huber_c", "guidance", "guidance_levels", "joint_normaliser", "divergence", "ratio_clip",
-        "ratio_bins",
-    },
+    "SiDOptions": _NOT_SID,
+    "SelfForcingOptions": _NOT_CAUSAL,
+    "RewardForcingOptions": _NOT_CAUSAL,
+    "SelfForcingSiDOptions": _NOT_CAUSAL | _NOT_SID,
+    "CausalInitOptions": {"sink_decay"},
     "PhasedOptions": {"step_counts", "steps_condition"},
     "DecoupledOptions": {"guidance"},
 }  # fmt: skip
@@ -72,6 +94,7 @@ _OTHER: dict[str, list[Any]] = {
     "solver_guidance": [2.0], "moment_mean": [0.3], "moment_variance": [0.5], "critic_dropout": [0.9],
     "critic_clamp": [0.5],
     "critic_scale": [2.0], "critic_training_scale": [2.0], "phase": [2],
+    "window": [1, 2], "path_steps": [24],
 }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.option_tables import EQUAL, NEVER, beside, others
+from tests.option_tables import EQUAL, NEVER, QUICK, QUICK_CAUSAL, beside, others
+from tests.streaming.frames import FRAMES, SIZE, FrameByFrame, TinyCausal, TinySeat
 from tests.training import training_toy as toy
 from torch import Tensor, nn
 
@@ -28,12 +29,16 @@ from fewstep.evaluation.exact import LABEL, ring
 from fewstep.evaluation.toy import LogisticDiscriminator, ToyRoles
 from fewstep.methods import METHODS, TDMOptions, preset
 from fewstep.methods.base import Batch
+from fewstep.methods.self_forcing import layout_of
 from fewstep.training import trackers
-from fewstep.training.log import read_log
+from fewstep.training.log import read_alarms, read_log
 from fewstep.training.loop import Hooks
+from fewstep.training.monitors.guard import Alarmed
 from fewstep.training.options import TrainOptions
 
 SAMPLES = 6
+LATE_EXIT = 2
+"""An iteration in which causal students make all of their calls."""
 
 
 class Scaled(nn.Module):
@@ -51,14 +56,20 @@ class Scaled(nn.Module):
 class Heard(ToyRoles):
     """Roles that hash everything they are asked and told: what a method does, to the bit."""
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool) -> None:
         exact = ring(Flow(), [1, 2, 3, 4], 1.5, 0.3, torch.float64)
         judge = LogisticDiscriminator(Flow(), 2).double()
         nn.init.normal_(judge.weight, std=0.4, generator=torch.Generator().manual_seed(0))
         self.hashed = blake2b(digest_size=16)
-        networks = {"student": Scaled(exact, 0.9), "critic": Scaled(exact, 1.1), "judge": judge}
-        super().__init__(exact, *(self._heard(name, network) for name, network in networks.items()))
-        self.exact, self.teacher = exact, self._heard("teacher", exact)  # type: ignore[assignment]
+        self.student_net = Scaled(exact, 0.9)
+        networks = {"student": self.student_net, "critic": Scaled(exact, 1.1), "judge": judge, "teacher": exact}
+        if causal:
+            attending = TinyCausal(networks.pop("student"))
+            self.causal = TinySeat(attending)
+            networks = {"student": attending, **{name: FrameByFrame(each) for name, each in networks.items()}}
+        heard = {name: self._heard(name, network) for name, network in networks.items()}
+        super().__init__(exact, heard["student"], heard["critic"], heard["judge"])
+        self.exact, self.teacher = exact, heard["teacher"]
 
     def null(self, condition: Condition) -> Condition:
         return self.exact.null(condition)
@@ -75,37 +86,55 @@ class Heard(ToyRoles):
         return call
 
 
+class Sampler:
+    """A teacher that is asked for its path."""
+
+    def __init__(self, roles: Heard) -> None:
+        self._roles = roles
+
+    def states(
+        self, prompts: list[str], seeds: Sequence[int], grid: Tensor, keep: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        self._roles.hear("states", grid, keep, guidance_scale)
+        draw, shape = Streams(1).at(0, seeds), (SIZE, FRAMES)
+        return draw.normal("states", (len(keep), *shape), torch.float64), draw.normal("clean", shape, torch.float64)
+
+    def encode(self, prompts: list[str]) -> Condition:
+        return {LABEL: torch.arange(len(prompts)) % 2}
+
+
 @lru_cache(maxsize=256)
 def done(options: Any) -> str | None:
     """A hash of all that a method does with these options and says of itself; None where they are refused."""
     try:
         method = options.build()
-        roles, samples = Heard(), torch.arange(SAMPLES)
+        causal = method.needs.causal
+        roles, samples = Heard(causal), torch.arange(SAMPLES)
+        shape = (SIZE, FRAMES) if causal else (SIZE,)
         roles.hear(method.needs, method.critic_updates, options.counts, options.eta, options.chain_noise)
         roles.hear(*(options.time_grid(count) for count in options.counts))
-        for iteration in (1, 2):
+        for iteration in (LATE_EXIT,) if causal else (1, 2):
             draw, told = Streams(0).at(iteration, samples), {LABEL: samples % 2}
-            real = (roles.exact.sample(SAMPLES, torch.Generator().manual_seed(1)), told)
-            pairs = (draw.normal("pair", (2,), torch.float64), *real)
-            path = method.rollout(Batch(told, samples, (2,), torch.float64, real, pairs), roles, draw)
+            clean = roles.exact.sample(SAMPLES * FRAMES, torch.Generator().manual_seed(1))
+            real = (clean.view(SAMPLES, FRAMES, SIZE).transpose(1, 2) if causal else clean[:SAMPLES], told)
+            pairs = (draw.normal("pair", shape, torch.float64), *real)
+            if method.needs.trajectories:
+                pairs = api.trajectories(Sampler(roles), options, ["a frog"], 0)(iteration, samples)
+            path = method.rollout(Batch(told, samples, shape, torch.float64, real, pairs), roles, draw)
             for update in range(method.critic_updates):
                 roles.hear(method.critic_loss(path, roles, draw.sub("critic").sub(update)).values)
             loss = method.student_loss(path, roles, draw.sub("student")).values
-            roles.hear(loss, torch.autograd.grad(loss.mean(), path_gain(roles))[0])
+            roles.hear(loss, torch.autograd.grad(loss.mean(), roles.student_net.gain)[0])
     except FewstepError:
         return None
     return roles.hashed.hexdigest()
 
 
-def path_gain(roles: Heard) -> nn.Parameter:
-    """The student's trained number."""
-    return roles.student.__closure__[1].cell_contents.gain  # type: ignore[attr-defined]
-
-
 def passed_over(options: Any, name: str) -> str:
     """Why the option `name` of `options` does nothing; empty if it does something or is refused where it would not."""
-    if name != "critic_updates" and hasattr(options, "critic_updates"):
-        options = replace(options, critic_updates=1)  # so that it is quick
+    quick = QUICK if layout_of(options) is None else QUICK | QUICK_CAUSAL
+    there = {entry.name for entry in fields(options)} - ({"critic_updates"} & {name})
+    options = replace(options, **{key: value for key, value in quick.items() if key in there})
     plain = done(options)
     assert plain is not None
     if name not in EQUAL:
@@ -166,12 +195,14 @@ def trained(out: Path, options: TrainOptions) -> dict[str, Any]:
     roles.student = call
     hooks = Hooks(sample=lambda i: asked.append(i), evaluate=lambda i: {"score": 1.0})
     told = {entry.name: getattr(options, entry.name) for entry in fields(options)}
-    toy.run(out, roles=roles, hooks=hooks, **told)
+    with suppress(Alarmed):
+        toy.run(out, roles=roles, hooks=hooks, **told)
     moment = ("time/", "memory/")
     log = [{k: v for k, v in one.items() if not k.startswith(moment)} for one in read_log(out / "log.jsonl")]
     weights = {str(path.relative_to(out)): checksum(path) for path in out.rglob("*.safetensors")}
     top = sorted(path.name for path in out.iterdir())
-    return {"log": log, "weights": weights, "top": top, "rows": max(rows), "sampled": asked}
+    alarms = [(one["name"], one["done"]) for one in read_alarms(out / "log.jsonl")]
+    return {"log": log, "alarms": alarms, "weights": weights, "top": top, "rows": max(rows), "sampled": asked}
 
 
 SHORT = TrainOptions(
@@ -182,8 +213,10 @@ TRAIN: dict[str, Any] = {
     "optimiser": "adamw8bit", "beta1": 0.5, "beta2": 0.9, "weight_decay": 5.0, "schedule": "constant", "warmup": 3,
     "final_rate": 0.5, "student_clip": 1e-3, "critic_clip": 1e-3, "ema_decay": 0.1, "precision": "bf16",
     "log_every": 1, "sample_every": 2, "evaluate_every": 2, "checkpoint_every": 3, "keep": 1, "tensorboard": True,
-    "tracker": "listed",
+    "tracker": "listed", "on_alarm": "off", "patience": 2,
 }  # fmt: skip
+FROZEN: dict[str, Any] = {"student_rate": 0.0}  # which is an alarm after three iterations
+BESIDE_TRAIN: dict[str, dict[str, Any]] = {"on_alarm": FROZEN, "patience": {"evaluate_every": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +229,29 @@ def test_an_option_of_the_trainer_does_something(
     name: str, tmp_path: Path, plain_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(trackers.TRACKERS, "listed", Listed)
-    changed = trained(tmp_path / "run", replace(SHORT, **{name: TRAIN[name]}))
-    assert changed != plain_run
+    base = replace(SHORT, **BESIDE_TRAIN.get(name, {}))
+    plain = trained(tmp_path / "base", base) if name in BESIDE_TRAIN else plain_run
+    assert trained(tmp_path / "run", replace(base, **{name: TRAIN[name]})) != plain
+
+
+def test_what_alarms_do_is_chosen(tmp_path: Path) -> None:
+    found = {
+        choice: trained(tmp_path / choice, replace(SHORT, **FROZEN, on_alarm=choice))
+        for choice in ("warn", "act", "off")
+    }
+    assert {choice: run["alarms"] for choice, run in found.items()} == {
+        "warn": [("frozen", "told")], "act": [("frozen", "stop")], "off": []
+    }  # fmt: skip
+    assert {choice: run["log"][-1]["iteration"] for choice, run in found.items()} == {"warn": 4, "act": 2, "off": 4}
 
 
 def test_options_of_the_trainer_are_refused_where_nothing_reads_them(tiny_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(FewstepError, match="found final_rate = 0.5, which nothing reads here"):
         replace(SHORT, schedule="constant", final_rate=0.5).validate()
+    with pytest.raises(FewstepError, match="found patience = 2, expected 0 where evaluate_every is 0"):
+        replace(SHORT, patience=2).validate()
+    with pytest.raises(FewstepError, match="found patience = 2 and an evaluation without a score"):
+        toy.run(tmp_path / "other", hooks=Hooks(evaluate=lambda i: {"other": 1.0}), evaluate_every=1, patience=2)
     for name, value in (("critic_rate", 0.5), ("critic_clip", 0.5)):
         with pytest.raises(FewstepError, match=f"found {name} = 0.5, which nothing reads here"):
             begun(tiny_teacher, tmp_path, "tsm", train_options=replace(SHORT, **{name: value}))
@@ -318,3 +367,24 @@ def test_data_that_a_method_does_not_look_at_are_refused(loaded: Any, tmp_path: 
             begun(loaded, tmp_path, **{name: lambda iteration, samples: None})
     with pytest.raises(FewstepError, match="found phase = 2, which nothing reads here"):
         begun(loaded, tmp_path, replace(preset("phased"), phase=2))  # type: ignore[type-var]
+
+
+def test_arguments_of_distill_are_refused_where_nothing_reads_them(loaded: Any, tmp_path: Path) -> None:
+    evaluated = replace(SHORT, evaluate_every=2)
+    for more in ({}, {"train_options": evaluated, "hooks": Hooks(evaluate=lambda iteration: {})}):
+        with pytest.raises(FewstepError, match="found held_out, which nothing reads here"):
+            begun(loaded, tmp_path, held_out=["a frog"], **more)
+    with pytest.raises(FewstepError, match="found a reward for tdm, expected one for reward-forcing alone"):
+        begun(loaded, tmp_path, reward=lambda video, condition: video)
+    with pytest.raises(FewstepError, match="found a student that is an adapter to begin with the weights of another"):
+        begun(loaded, tmp_path, start=tmp_path)
+
+
+def test_held_out_prompts_are_those_of_evaluations(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sequence[str]] = []
+    monkeypatch.setattr(api, "HeldOut", lambda sample, prompts: asked.append(prompts))
+    for held_out in (None, ["a dog"]):
+        begun(loaded, tmp_path, held_out=held_out, train_options=replace(SHORT, evaluate_every=2))
+    assert asked == [["a frog"], ["a dog"]]

@@ -16,7 +16,7 @@ from fewstep.attention import Layout
 from fewstep.caching import make_cache
 from fewstep.conditions import CACHE_FOLDER, Encoding, TextOptions
 from fewstep.core.tensors import Condition
-from fewstep.data.pairs import TeacherPairs, TeacherTrajectories
+from fewstep.data.pairs import StateSampler, TeacherPairs, TeacherTrajectories
 from fewstep.data.prompts import PromptData, training_captions
 from fewstep.data.real import RealScenes
 from fewstep.data.sources import Prompts, read_prompts
@@ -283,15 +283,17 @@ def distill(
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
         real = _own_scenes(backbone, recipe.name, train_options.seed)
+    if held_out is not None and (hooks is not None or not train_options.evaluate_every):
+        raise FewstepError(
+            "found held_out, which nothing reads here, expected evaluations that are ours (evaluate_every above 0, and "
+            "no hooks of your own), fix: ask for them, or leave it out"
+        )
     unseen = None if held_out is None else list(_training_prompts(backbone.source, held_out)[:PROMPTS])
     encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks or pairs))
     if unseen is not None:
         encoding = replace(encoding, texts=[*encoding.texts, unseen])
     if isinstance(options, CausalInitOptions) and needs.trajectories and pairs is None:
-        pairs = TeacherTrajectories(
-            teacher, texts, grid=options.path_grid, keep=options.time_grid(options.steps)[:-1],
-            guidance_scale=options.guidance_scale, seed=train_options.seed,
-        )  # fmt: skip
+        pairs = trajectories(teacher, options, texts, train_options.seed)
     if needs.pairs and pairs is None:
         pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
     features = roles.features(needs)
@@ -399,6 +401,16 @@ def _built(options: Options, reward: Reward | None) -> Method:
             f"found a reward for {options.build().name}, expected one for reward-forcing alone, fix: leave it out"
         )
     return RewardForcing(options, reward)
+
+
+def trajectories(
+    teacher: StateSampler, options: CausalInitOptions, texts: Sequence[str], seed: int
+) -> TeacherTrajectories:
+    """Those that the causal initialisation imitates, made as they are needed."""
+    keep = options.time_grid(options.steps)[:-1]
+    return TeacherTrajectories(
+        teacher, texts, grid=options.path_grid, keep=keep, guidance_scale=options.guidance_scale, seed=seed
+    )
 
 
 def _refuse_unread_data(method: str, needs: Needs, real: RealData | None, pairs: PairData | None) -> None:

@@ -33,7 +33,7 @@ def batch_of(roles: WanRoles) -> Batch:
 def test_the_loss_is_the_distance_to_the_clean_video(exact: None, source: Any, history: Any) -> None:
     """Eq. 4, against one call after the other; with clean history the calls are those of a rollout with a memory."""
     roles = WanRoles(torch.float64)
-    method = replace(OPTIONS, source=source, history=history).build()
+    method = replace(OPTIONS, source=source, history=history, path_steps=48).build()
     path = method.rollout(batch_of(roles), roles, draw())
     found = method.student_loss(path, roles, draw()).values
     assert gradient(found, roles.own.network).abs().max() > 1e-6

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fewstep.errors import FewstepError
+from fewstep.unread import refuse_unread
 
 Positions = Literal["slot", "absolute"]
 
@@ -58,6 +59,17 @@ class Layout:
                 "chunk and a window that chunks can leave, since each is blended into the sink token by token, "
                 "fix: set sink to 1 and window to 1 or more, or sink_decay to 1"
             )
+
+    def validate_unread(self) -> None:
+        """Refuses, of a student that is to be trained, what nothing would read.
+
+        Raises:
+            FewstepError: with what would read it.
+        """
+        if self.window is None:
+            refuse_unread(self, ["sink"], "a window that chunks can leave")
+        if self.window is None or not self.sink:
+            refuse_unread(self, ["positions"], "a sink and a window, between which positions can differ,")
 
     def chunks(self, frames: int) -> int:
         """How many chunks `frames` are.

@@ -31,6 +31,7 @@ from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, causal_calls, spread_metrics
 from fewstep.methods.matching_options import require
 from fewstep.streaming.forced import noised
+from fewstep.unread import refuse_unread
 
 Source = Literal["trajectories", "data"]
 Context = Literal["noisy", "clean"]
@@ -89,6 +90,7 @@ class CausalInitOptions(Layout):
 
     def validate(self) -> None:
         super().validate()
+        self.validate_unread()
         require(self.steps >= 1, "steps", self.steps, "1 or more", "use 4")
         require(self.shift > 0, "shift", self.shift, "a number above 0", "1 means none")
         require(
@@ -102,6 +104,11 @@ class CausalInitOptions(Layout):
         whole = self.path_steps >= self.steps and self.path_steps % self.steps == 0
         require(whole, "path_steps", self.path_steps, f"a multiple of steps {self.steps}", "use 48")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more", "1 means none")
+        require(self.sink_decay == 1, "sink_decay", self.sink_decay, "1, as all chunks are in parallel", "use 1")
+        if self.grid:
+            refuse_unread(self, ["start_time"], "a grid that begins there")
+        if self.source == "data":
+            refuse_unread(self, ["path_steps", "guidance_scale"], "source 'trajectories'")
 
 
 class CausalInit:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -115,6 +115,9 @@ class MatchingOptions:
     discriminator_weight: float = 0.01
     """Weight of the discriminator's loss beside the critic's, above 0 (DMD2: 1e-2)."""
 
+    may_be_infinite: ClassVar[tuple[str, ...]] = ()
+    """Options for which infinity has a meaning."""
+
     @property
     def chain_noise(self) -> ChainNoise:
         """New noise at every step."""
@@ -140,7 +143,7 @@ class MatchingOptions:
             FewstepError: with what was found, what was expected and the likely fix.
         """
         self.require_choices(_CHOICES)
-        require_finite(self)
+        require_finite(self, *self.may_be_infinite)
         self._validate_ranges()
         self._validate_path()
         self._validate_terms()
@@ -240,9 +243,9 @@ def require(good: bool, name: str, found: Any, expected: str, fix: str) -> None:
         raise FewstepError(f"found {name} = {found}, expected {expected}, fix: {fix}")
 
 
-def require_finite(options: Any) -> None:
-    """Refuses nan and infinity in any field of a dataclass."""
-    for entry in fields(options):
+def require_finite(options: Any, *but: str) -> None:
+    """Refuses nan and infinity in any field of a dataclass `but` those named."""
+    for entry in (entry for entry in fields(options) if entry.name not in but):
         value = getattr(options, entry.name)
         numbers = value if isinstance(value, tuple) else (value,)
         good = all(math.isfinite(number) for number in numbers if isinstance(number, float))

@@ -19,6 +19,7 @@ How it differs from the release: the sink is blended in training as well (theirs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -35,6 +36,7 @@ from fewstep.methods.base import Batch, Roles
 from fewstep.methods.matching import Pull, Query, prompt_of
 from fewstep.methods.matching_options import require
 from fewstep.methods.self_forcing import SelfForcing, SelfForcingOptions
+from fewstep.unread import refuse_unread
 
 Reward = Callable[[Tensor, Condition], Tensor]
 """reward(clean videos (B, C, F, ...), condition) -> (B,), higher is better; called without gradient."""
@@ -63,6 +65,8 @@ class RewardForcingOptions(SelfForcingOptions):
     """Weights have mean 1 in the `batch` that is computed together, which has to be of two videos or more (ours); or
     weight 1 belongs to the reward's `mean` (published)."""
 
+    may_be_infinite: ClassVar[tuple[str, ...]] = ("beta",)
+
     def build(self) -> RewardForcing:
         """The method with these settings; a reward other than motion is given to `RewardForcing` itself."""
         return RewardForcing(self)
@@ -72,6 +76,11 @@ class RewardForcingOptions(SelfForcingOptions):
         require(self.beta > 0, "beta", self.beta, "a number above 0", "use 0.5")
         require(self.reward_spread > 0, "reward_spread", self.reward_spread, "a number above 0", "use 1")
         require(self.relative_to in get_args(RelativeTo), "relative_to", self.relative_to, "batch or mean", "use batch")
+        require(self.matching_weight > 0, "matching_weight", 0, "above 0, as the reward weighs that loss", "use 1")
+        if self.relative_to == "batch":
+            refuse_unread(self, ["reward_mean"], "relative_to 'mean'")
+        if self.beta == math.inf:
+            refuse_unread(self, ["reward_spread", "reward_mean"], "a finite beta")
 
 
 class RewardForcing(SelfForcing):
@@ -100,9 +109,11 @@ class RewardForcing(SelfForcing):
         return super().rollout(batch, roles, draw)
 
     @torch.no_grad()
-    def _pulls(self, roles: Roles, landing: Landing, query: Query, draw: Draw) -> tuple[list[Pull], dict[str, Tensor]]:
+    def _pulls(
+        self, roles: Roles, landing: Landing, query: Query, draw: Draw
+    ) -> tuple[list[Pull], dict[str, Tensor], Tensor]:
         """Eq. 4: the pulls, weighted by the reward of the clean video."""
-        pulls, metrics = super()._pulls(roles, landing, query, draw)
+        pulls, metrics, toward = super()._pulls(roles, landing, query, draw)
         reward = self._reward(landing.denoised.detach(), prompt_of(landing.condition))
         if reward.shape != query.tau.shape:
             raise FewstepError(
@@ -111,7 +122,7 @@ class RewardForcing(SelfForcing):
             )
         weight = self._weight(reward.to(landing.denoised))
         metrics |= {"reward": reward.mean(), "reward_std": reward.std(correction=0), "weight_max": weight.max()}
-        return [replace(pull, weight=weight * pull.weight) for pull in pulls], metrics
+        return [replace(pull, weight=weight * pull.weight) for pull in pulls], metrics, toward
 
     def _weight(self, reward: Tensor) -> Tensor:
         """exp(reward / beta), relative to the batch or to the mean."""

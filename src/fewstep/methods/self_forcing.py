@@ -40,6 +40,7 @@ from fewstep.methods.sid import SiD, SiDOptions
 from fewstep.methods.tau import TauLaw
 from fewstep.streaming.forced import ForcedPath
 from fewstep.streaming.rollout import CausalPath
+from fewstep.unread import refuse_unread
 
 History = Literal["own", "data"]
 
@@ -54,15 +55,22 @@ class CausalOptions(Layout):
 
     def validate(self) -> None:
         super().validate()
+        self.validate_unread()
+        require(self.history in get_args(History), "history", self.history, f"{get_args(History)}", "choose one")
+        there = {entry.name for entry in fields(self)}
+        beside = "a student that makes whole samples, not a causal one,"
+        refuse_unread(self, [name for name in _UNREAD if name in there], beside)
+        if self.history == "data" and self.sink_decay < 1:
+            raise contradiction(
+                f"sink_decay {self.sink_decay} with history 'data'",
+                "1 where chunks are in parallel, since a blended sink is made chunk by chunk",
+                "set sink_decay to 1",
+            )
         of_matching: Any = super(Layout, self)
         of_matching.validate()
-        require(self.history in get_args(History), "history", self.history, f"{get_args(History)}", "choose one")
-        unread = [name for name in _UNREAD if getattr(self, name, None)]
-        if unread:
-            raise contradiction(f"{unread} for a causal student", "one step count, told to nobody", "leave them out")
 
 
-_UNREAD = ("step_counts", "steps_condition", "regression_weight", "critic_call_condition")
+_UNREAD = ("step_counts", "steps_condition", "regression_weight", "critic_call_condition", "chain_noise")
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,12 @@ class SelfForcingOptions(CausalOptions, DMD2Options):
         require(self.matching_weight >= 0, "matching_weight", self.matching_weight, "0 or more", "use 1")
         if self.matching_weight == 0 and self.gan_weight == 0:
             raise contradiction("matching_weight 0 with gan_weight 0", "a loss", "set gan_weight to 1")
+        if self.matching_weight == 0:
+            refuse_unread(self, _OF_MATCHING, "a matching_weight above 0")
+
+
+_OF_MATCHING = ["guidance_scale", "guidance", "guidance_levels", "joint_normaliser", "normaliser", "metric", "huber_c"]
+_OF_MATCHING += ["divergence", "ratio_clip", "ratio_bins"]
 
 
 @dataclass(frozen=True)
@@ -163,16 +177,19 @@ class SelfForcing(CausalRollout, DMD2):
 
     def _student_loss(self, path: Any, roles: Roles, call: Tensor, draw: Draw) -> Loss:
         loss = super()._student_loss(path, roles, call, draw)
-        return Loss(loss.values, loss.metrics | chunk_metrics(path))
+        pulls = loss.pulls if self.options.matching_weight else ()  # a discriminator alone says no direction
+        return Loss(loss.values, loss.metrics | chunk_metrics(path), pulls)
 
     @torch.no_grad()
-    def _pulls(self, roles: Roles, landing: Landing, query: Query, draw: Draw) -> tuple[list[Pull], dict[str, Tensor]]:
+    def _pulls(
+        self, roles: Roles, landing: Landing, query: Query, draw: Draw
+    ) -> tuple[list[Pull], dict[str, Tensor], Tensor]:
         weight = self.options.matching_weight
         if weight == 0:
-            nothing = torch.zeros_like(query.tau)
-            return [Pull(torch.zeros_like(landing.denoised), query, nothing + 1, nothing)], {}
-        pulls, metrics = super()._pulls(roles, landing, query, draw)
-        return [replace(pull, weight=weight * pull.weight) for pull in pulls], metrics
+            nothing, nowhere = torch.zeros_like(query.tau), torch.zeros_like(landing.denoised)
+            return [Pull(nowhere, query, nothing + 1, nothing)], {}, nowhere
+        pulls, metrics, toward = super()._pulls(roles, landing, query, draw)
+        return [replace(pull, weight=weight * pull.weight) for pull in pulls], metrics, toward
 
 
 class SelfForcingSiD(CausalRollout, SiD):

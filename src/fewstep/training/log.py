@@ -72,7 +72,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, float | None]]:
-    """The records of a `log.jsonl`, oldest first; no alarms, no torn last line, no damaged ones (with a warning)."""
+    """The records of a `log.jsonl`, oldest first; without alarms, a torn last line and damaged ones (a warning)."""
     return [record for _, record in _whole_lines(path) if "alarm" not in record]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.core.shards import is_sharded
 from fewstep.errors import FewstepError
 from fewstep.training import checkpoint
-from fewstep.training.monitors.best import FOLDER, GROUP, Best, drop_later, save_best
+from fewstep.training.monitors.best import FOLDER, GROUP, SCORE, Best, drop_later, save_best
 from fewstep.training.monitors.watch import Alarm, Watch
 from fewstep.training.options import TrainOptions
 from fewstep.training.parallel import Group
@@ -91,6 +91,11 @@ class Guard:
 
     def judge(self, iteration: int, evaluated: Mapping[str, float]) -> list[Alarm]:
         """Alarms of an evaluation, keys evaluate/NAME; notes whether its student is the best so far."""
+        if self._options.patience and evaluated and SCORE not in evaluated:
+            raise FewstepError(
+                f"found patience = {self._options.patience} and an evaluation without a score, expected one to compare "
+                "students by, fix: return a number called score from the evaluate hook, or set patience to 0"
+            )
         self._improved = self._best.improves(iteration, evaluated)
         if not self._watches or not evaluated or not self._group.leads:
             return []
