@@ -73,6 +73,7 @@ def child(
     import torch.distributed as dist
 
     from fewstep import api
+    from fewstep.live import LiveStudent
     from fewstep.methods import preset
     from fewstep.training import checkpoint
     from fewstep.training.loop import Hooks
@@ -106,7 +107,7 @@ def child(
     api.export = told("export", api.export)
 
     def evaluate(iteration: int) -> dict[str, float]:
-        latents = api.LiveStudent(seats[0], options).latents(PROMPTS, [1, 2, 3])
+        latents = LiveStudent(seats[0], options).latents(PROMPTS, [1, 2, 3])
         return {"spread": float(latents.std())}
 
     def save(iteration: int, folder: Path) -> None:

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import fewstep
-from fewstep.api import RoleOptions, with_moments
+from fewstep.api import RoleOptions
 from fewstep.data.real import RealImages
 from fewstep.errors import FewstepError
 from fewstep.losses.moments import element_moments
+from fewstep.material import with_moments
 from fewstep.methods import preset
 from fewstep.models import Backbone
 from fewstep.several import distill_part
@@ -47,7 +48,7 @@ def test_five_lines_distil_a_student_that_samples(roles: str, tmp_path: Path, ti
 
 
 def test_the_saved_student_is_the_averaged_one_in_training(tmp_path: Path, tiny_teacher: Path) -> None:
-    from fewstep.api import LiveStudent
+    from fewstep.live import LiveStudent
     from fewstep.training.loop import Hooks
 
     seen: list[torch.Tensor] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,19 +11,25 @@ import torch
 import tyro
 from torch import Tensor
 
-from fewstep.attention import Layout
 from fewstep.caching import make_cache
 from fewstep.conditions import CACHE_FOLDER, Encoding, TextOptions
-from fewstep.core.tensors import Condition
-from fewstep.data.pairs import StateSampler, TeacherPairs, TeacherTrajectories
-from fewstep.data.prompts import PromptData, training_captions
-from fewstep.data.real import RealScenes
-from fewstep.data.sources import Prompts, read_prompts
+from fewstep.data.pairs import TeacherPairs
+from fewstep.data.prompts import PromptData
+from fewstep.data.sources import Prompts
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
-from fewstep.evaluation.held_out import PROMPTS, HeldOut
-from fewstep.losses.moments import element_moments
-from fewstep.methods import METHODS, CausalInitOptions, DecoupledOptions, Method, Options, PhasedOptions, preset
+from fewstep.evaluation.held_out import PROMPTS
+from fewstep.live import usual_hooks
+from fewstep.material import (
+    at_first_size,
+    fingerprint,
+    own_scenes,
+    size_list,
+    training_prompts,
+    trajectories,
+    with_moments,
+)
+from fewstep.methods import METHODS, CausalInitOptions, Method, Options, PhasedOptions, preset
 from fewstep.methods.base import Needs
 from fewstep.methods.reward_forcing import Reward, RewardForcing, RewardForcingOptions
 from fewstep.methods.self_forcing import layout_of
@@ -35,24 +40,21 @@ from fewstep.models.recipes import Setting, applied
 from fewstep.models.roles import Roles, build_roles
 from fewstep.models.schedulers import choose_scheduler
 from fewstep.models.sharding import collected, shard
-from fewstep.models.sizes import SizeList
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
 from fewstep.provenance import EMOJI, OWN, recorded
-from fewstep.streaming.student import CausalStudent
 from fewstep.training.folder import refuse_run, room
 from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.monitors.best import FOLDER as BEST_FOLDER
 from fewstep.training.monitors.best import GROUP, read_best
 from fewstep.training.monitors.guard import Alarmed
 from fewstep.training.options import TrainOptions
-from fewstep.training.parallel import Group, leads, process_group
+from fewstep.training.parallel import Group, process_group
 from fewstep.training.trainee import copy_tensors
 from fewstep.unread import refuse_unread
 
 STUDENT_FOLDER, LORA_FOLDER = "student", "lora"
 _OF_ROLES = ("roles", "rank", "alpha", "student_rate", "critic_rate")  # hold for a recipe's kind of roles alone
-_MEASURED = 64
 _LARGEST_RANK = 2**14
 MEMORY_ONLY = ("checkpointing", "compile", "shard")
 """Options of roles that change memory or speed and not the result: a run may be resumed with others."""
@@ -254,13 +256,13 @@ def distill(
     _refuse_unread_data(recipe.name, needs, real, pairs)
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = teacher.backbone
-    _check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
+    check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
     if needs.causal and roles.shard:
         raise FewstepError(
             "found a causal student for a sharded run, expected whole weights in every process, as spread ones are "
             "not supported for it, fix: leave --shard off"
         )
-    texts = _training_prompts(backbone.source, prompts)
+    texts = training_prompts(backbone.source, prompts)
     own = {"real": real, "pairs": pairs, "hooks": hooks, "start": start, "reward": reward, "held_out": held_out}
     given = [name for name, value in own.items() if value is not None]
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
@@ -282,13 +284,13 @@ def distill(
             )  # fmt: skip
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
-        real = _own_scenes(backbone, recipe.name, train_options.seed)
+        real = own_scenes(backbone, recipe.name, train_options.seed)
     if held_out is not None and (hooks is not None or not train_options.evaluate_every):
         raise FewstepError(
             "found held_out, which nothing reads here, expected evaluations that are ours (evaluate_every above 0, and "
             "no hooks of your own), fix: ask for them, or leave it out"
         )
-    unseen = None if held_out is None else list(_training_prompts(backbone.source, held_out)[:PROMPTS])
+    unseen = None if held_out is None else list(training_prompts(backbone.source, held_out)[:PROMPTS])
     encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks or pairs))
     if unseen is not None:
         encoding = replace(encoding, texts=[*encoding.texts, unseen])
@@ -319,13 +321,13 @@ def distill(
     if start is not None:
         begin_with(seats, start)
     if hooks is None:
-        hooks = _hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0, unseen)
+        hooks = usual_hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0, unseen)
     kept = {name: value for name, value in asdict(roles).items() if name not in (*MEMORY_ONLY, "discriminator")}
     if roles.alpha is None:
         del kept["alpha"]  # runs that began before there was one go on
     if needs.discriminator:
         kept["discriminator"] = features
-    configuration = {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts), **encoding.lossy}
+    configuration = {"teacher": backbone.source, "roles": kept, "prompts": fingerprint(texts), **encoding.lossy}
     if backbone.told_size:
         configuration["size"] = backbone.told_size
     if backbone.quantised:
@@ -403,16 +405,6 @@ def _built(options: Options, reward: Reward | None) -> Method:
     return RewardForcing(options, reward)
 
 
-def trajectories(
-    teacher: StateSampler, options: CausalInitOptions, texts: Sequence[str], seed: int
-) -> TeacherTrajectories:
-    """Those that the causal initialisation imitates, made as they are needed."""
-    keep = options.time_grid(options.steps)[:-1]
-    return TeacherTrajectories(
-        teacher, texts, grid=options.path_grid, keep=keep, guidance_scale=options.guidance_scale, seed=seed
-    )
-
-
 def _refuse_unread_data(method: str, needs: Needs, real: RealData | None, pairs: PairData | None) -> None:
     """Refuses data that the method does not look at."""
     for what, data, needed, beside in (
@@ -424,31 +416,6 @@ def _refuse_unread_data(method: str, needs: Needs, real: RealData | None, pairs:
                 f"found {what} for {method} with these options, expected {beside}, fix: leave them out, or set the "
                 "option that asks for them"
             )
-
-
-def size_list(backbone: Backbone, sizes: Sequence[str], needs: Needs, seed: int) -> SizeList | None:
-    """The sizes that a run is told, the backbone at the first of them; None where it is told none.
-
-    Raises:
-        FewstepError: several for a method whose real data or pairs have one size, or one that cannot be made.
-    """
-    if len(sizes) > 1 and (needs.real_data or needs.pairs):
-        what = "real data" if needs.real_data else "pairs"
-        raise FewstepError(
-            f"found the sizes {list(sizes)} for a method with {what}, expected one, as all of these have one size, "
-            "fix: name one size, or choose a method without a discriminator and regression (such as tdm)"
-        )
-    return SizeList(backbone, sizes, seed) if sizes else None
-
-
-def at_first_size(listed: SizeList, hooks: Hooks) -> Hooks:
-    """Hooks that draw, score and save at the first size."""
-    return replace(
-        hooks,
-        sample=listed.at_first(hooks.sample),
-        evaluate=listed.at_first(hooks.evaluate),
-        save=listed.at_first(hooks.save),
-    )
 
 
 def cache_prompts(
@@ -463,14 +430,14 @@ def cache_prompts(
     """
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=True)
     backbone = teacher.backbone
-    texts = _training_prompts(backbone.source, prompts)
+    texts = training_prompts(backbone.source, prompts)
     told = TextOptions(text_encoder="cache", cache=Path(cache), cache_dtype=dtype)
     encoding = Encoding.of(backbone, told, Path(cache), texts, None, own=False)
     with process_group(backbone.device) as group:
         return make_cache(backbone, encoding.texts, encoding.folder, encoding.dtype, group).folder
 
 
-def _check_sharding(backbone: Backbone, roles: RoleOptions, train_options: TrainOptions, makes_pairs: bool) -> None:
+def check_sharding(backbone: Backbone, roles: RoleOptions, train_options: TrainOptions, makes_pairs: bool) -> None:
     """Refuses what a teacher that is spread over processes, or still on disk, cannot do."""
     if backbone.deferred is not None and not roles.shard:
         raise FewstepError(
@@ -516,27 +483,6 @@ def export(seats: Roles, options: Options, folder: Path, details: dict[str, Any]
             details=more,
         )
     return folder
-
-
-def with_moments(options: Options, teacher: Teacher, texts: Sequence[str]) -> Options:
-    """`options`, with the moments that Decoupled DMD wants of the student measured where nobody has given them.
-
-    On 64 latents of the teacher with the guidance that is distilled, to three digits, so that it is the same on every
-    machine; costs that many samples of the teacher.
-    """
-    if not isinstance(options, DecoupledOptions) or not options.measures:
-        return options
-    prompts = [texts[n % len(texts)] for n in range(_MEASURED)]
-    parts = [
-        teacher.latents(prompts[n : n + 16], range(n, n + 16), guidance_scale=options.guidance_scale)
-        for n in range(0, _MEASURED, 16)
-    ]
-    mean, variance = (float(f"{value:.3g}") for value in element_moments(torch.cat(parts)))
-    return replace(
-        options,
-        moment_mean=mean if options.moment_mean is None else options.moment_mean,
-        moment_variance=variance if options.moment_variance is None else options.moment_variance,
-    )
 
 
 def sample(
@@ -591,144 +537,6 @@ def _export_best(seats: Roles, options: Options, out: Path, told: dict[str, Any]
             export(student, options, out / BEST_FOLDER / STUDENT_FOLDER, {"iterations": best.iteration, **told})
 
 
-class LiveTeacher(Teacher):
-    """The teacher of roles in training, as something to sample; sharded ones in all processes at once."""
-
-    def __init__(self, seats: Roles) -> None:
-        assert isinstance(seats.backbone, Backbone)
-        super().__init__(seats.backbone)
-        self._seats = seats
-
-    def _at_hand(self) -> bool:
-        return True
-
-    def _call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self._seats.teacher(x, t, condition)
-
-
-class LiveStudent(Student):
-    """The student of roles in training, as something to sample."""
-
-    def __init__(self, seats: Roles, options: Options) -> None:
-        backbone = seats.backbone
-        assert isinstance(backbone, Backbone)
-        grids = {count: options.time_grid(count) for count in options.counts}
-        card = {"teacher": backbone.source}
-        super().__init__(backbone, backbone.network, grids, seats.steps_aware, card, options.eta)
-        self._seats = seats
-
-    def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self._seats.student(x, t, condition)
-
-
-class LiveCausalStudent(CausalStudent):
-    """The same for one that makes videos chunk by chunk."""
-
-    def __init__(self, seats: Roles, options: Options, layout: Layout) -> None:
-        backbone = seats.backbone
-        assert isinstance(backbone, Backbone)
-        assert seats.causal is not None
-        grids = {count: options.time_grid(count) for count in options.counts}
-        card = {"teacher": backbone.source}
-        super().__init__(backbone, backbone.network, grids, card, options.eta, layout, seats.causal)
-        self._seats = seats
-
-    def denoise(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self._seats.student(x, t, condition)
-
-
-def _hooks(
-    seats: Roles,
-    options: Options,
-    texts: Sequence[str],
-    out: Path,
-    wants_scores: bool,
-    held_out: Sequence[str] | None = None,
-) -> Hooks:
-    """Sample grids, and scores if they are wanted: against the teacher, and the judge's if it knows the data."""
-    from fewstep.evaluation.compare import default_prompts
-    from fewstep.evaluation.pictures import save_pictures
-    from fewstep.evaluation.scenes import evaluation_captions
-
-    layout = layout_of(options)
-    student = LiveStudent(seats, options) if layout is None else LiveCausalStudent(seats, options, layout)
-    embedded = Path(student.backbone.source) == shipped(TEACHER_FOLDER)
-    shown = 4 if len(student.backbone.latent_shape) == 4 else 16  # of videos a few
-    prompts = default_prompts(shown) if embedded else list(texts[:shown])  # `conditions` knows them
-
-    def draw(iteration: int) -> None:
-        for count in student.grids:
-            images = student.sample(prompts, list(range(len(prompts))), count)
-            if leads():
-                save_pictures(out / "samples" / f"{iteration:06d}-{count}-steps.png", images)
-
-    usual = list(map(str, evaluation_captions(PROMPTS))) if embedded else texts[:PROMPTS]
-    teacher = HeldOut(LiveTeacher(seats).sample, held_out or usual)
-
-    def score(iteration: int) -> dict[str, float]:
-        from fewstep.evaluation.run import evaluate_scenes
-
-        numbers: dict[str, float] = {}
-        found: dict[int, dict[str, float]] = {}
-        for count in student.grids:
-            found[count] = teacher.compare(partial(student.sample, steps=count))
-            row = {f"held out {name}": value for name, value in found[count].items()}
-            if embedded:
-                row |= evaluate_scenes(student, steps=count, count=256).scores.row()
-            numbers |= {f"{name}, {count} steps": value for name, value in row.items()}
-        scored = "frechet" if embedded else "held out distance"
-        scores = [numbers[f"{scored}, {count} steps"] for count in student.grids]
-        numbers["score"] = sum(scores) / len(scores)
-        numbers["sharpness"] = max(each["sharpness"] for each in found.values())
-        numbers["variety"] = min(each["variety"] for each in found.values())
-        return numbers
-
-    return Hooks(sample=draw, evaluate=score if wants_scores else None)
-
-
-def _training_prompts(source: str, prompts: Sequence[str] | str | Path | None) -> Sequence[str]:
-    if isinstance(prompts, str | Path):
-        return read_prompts(prompts)
-    if isinstance(prompts, Prompts):  # checked as they were read, and perhaps too many for a list
-        return prompts
-    if prompts is not None:
-        texts = [text.strip() for text in prompts]
-        if not texts or not all(texts):
-            raise FewstepError("found an empty prompt, or none, expected text, fix: drop empty prompts")
-        return texts
-    if Path(source) == shipped(TEACHER_FOLDER):
-        return training_captions()
-    raise FewstepError(
-        f"found no prompts for the teacher {source}, expected texts of the kind it was trained on, "
-        "fix: pass a prompts file (one prompt a line) with --prompts, or prompts=[...]"
-    )
-
-
-def _own_scenes(backbone: Backbone, method: str, seed: int) -> RealData:
-    """The embedded teacher's data.
-
-    Raises:
-        FewstepError: it is another teacher, whose data we do not have.
-    """
-    if Path(backbone.source) == shipped(TEACHER_FOLDER):
-        return RealScenes(backbone, seed)
-    raise FewstepError(
-        f"found no real data for {method} with the teacher {backbone.source}, expected some for its discriminator, "
-        "fix: pass real=fewstep.data.real.RealImages(teacher.backbone, images, texts) in Python, or set gan_weight to "
-        "0 (and divergence to reverse_kl)"
-    )
-
-
 def _guidance_scale(options: Options) -> float | None:
     """The guidance that the method distils, which pairs have to have as well."""
     return getattr(options, "guidance_scale", None)
-
-
-def _fingerprint(texts: Sequence[str]) -> dict[str, Any]:
-    """Enough of the prompts to notice on resume that they changed."""
-    from hashlib import blake2b
-
-    hashed = blake2b(digest_size=8)
-    for place, text in enumerate(texts):
-        hashed.update(f"\n{text}".encode() if place else text.encode())
-    return {"count": len(texts), "hash": hashed.hexdigest()}

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from fewstep.api import LiveStudent, load_teacher
+from fewstep.api import load_teacher
 from fewstep.errors import FewstepError
+from fewstep.live import LiveStudent
 from fewstep.methods import METHODS, Options, PhasedOptions
 from fewstep.models.roles import build_roles
 from fewstep.models.sizes import SizeList

@@ -125,7 +125,7 @@ def _refuse_changed(backbone: Backbone) -> None:
 
 
 def _looked_at(embedded: bool) -> list[Sequence[str]]:
-    """Prompts that `api._hooks` samples and scores beside those that are trained on."""
+    """Prompts that `live.usual_hooks` samples and scores beside those that are trained on."""
     if not embedded:
         return []
     from fewstep.evaluation.compare import default_prompts

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from fewstep.api import STUDENT_FOLDER, RoleOptions, _fingerprint, distill, load_teacher
+from fewstep.api import STUDENT_FOLDER, RoleOptions, distill, load_teacher
 from fewstep.conditions import TextOptions
 from fewstep.core.files import checksum
 from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
+from fewstep.material import fingerprint
 from fewstep.methods import METHODS, Options
 from fewstep.models.teacher import Teacher
 from fewstep.provenance import DATA, ORIGIN, OWN, machine, teacher_digest
@@ -250,7 +251,7 @@ def _prompts(asked: _Asked, told: Sequence[str] | str | Path | None) -> Sequence
     if source == OWN:
         return None
     texts = read_prompts(source) if isinstance(source, str | Path) else list(source)
-    now, before = _fingerprint(texts), asked.fingerprint
+    now, before = fingerprint(texts), asked.fingerprint
     if now != before:
         raise FewstepError(
             f"found other prompts ({now['count']}, hash {now['hash']}) than the run was made with "

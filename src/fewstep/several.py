@@ -19,26 +19,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.api import (
-    EMOJI,
-    MEMORY_ONLY,
-    STUDENT_FOLDER,
-    RoleOptions,
-    _check_sharding,
-    _fingerprint,
-    _hooks,
-    _own_scenes,
-    _training_prompts,
-    at_first_size,
-    export,
-    load_teacher,
-    size_list,
-    with_moments,
-)
+from fewstep.api import EMOJI, MEMORY_ONLY, STUDENT_FOLDER, RoleOptions, check_sharding, export, load_teacher
 from fewstep.conditions import Encoding, TextOptions
 from fewstep.data.prompts import PromptData
 from fewstep.data.real import RealScenes
 from fewstep.errors import FewstepError
+from fewstep.live import usual_hooks
+from fewstep.material import at_first_size, fingerprint, own_scenes, size_list, training_prompts, with_moments
 from fewstep.methods.base import Needs, Options
 from fewstep.methods.matching_options import MatchingOptions
 from fewstep.methods.msd import Stage, msd_stages
@@ -92,7 +79,7 @@ def distill_phases(
     needs = options.build().needs
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
-        real = _own_scenes(backbone, "phased", train_options.seed)
+        real = own_scenes(backbone, "phased", train_options.seed)
 
     def turn(phase: int) -> Turn:
         own, folder = replace(options, phase=phase), Path(out) / f"phase-{phase}"
@@ -106,7 +93,7 @@ def distill_phases(
             return made
 
         def looks(made: Any) -> Hooks:
-            all_hooks = hooks or _hooks(made, own, texts, folder, train_options.evaluate_every > 0)
+            all_hooks = hooks or usual_hooks(made, own, texts, folder, train_options.evaluate_every > 0)
             return all_hooks if listed is None else at_first_size(listed, all_hooks)
 
         return Turn(folder.name, own.build(), seats, train_options, hooks=looks)
@@ -207,7 +194,7 @@ def distill_part(
     own = [text for text, here in zip(texts, mine, strict=True) if here]
     home, first = part_folder(out, part - 1), settings[stages[0].name]
     if real is None and any(stage.options.build().needs.real_data for stage in stages):
-        _own_scenes(backbone, "msd", first.seed)  # refuses teachers whose data we do not have
+        own_scenes(backbone, "msd", first.seed)  # refuses teachers whose data we do not have
         real = ScenesOfPart(backbone, first.seed, router, part - 1)
     stages = tuple(replace(stage, options=with_moments(stage.options, Teacher(backbone), own)) for stage in stages)
     shape = {"depth": depth, "width": width} if smaller else {}
@@ -231,7 +218,7 @@ def distill_part(
             return made
 
         def hooks(made: Any) -> Hooks:
-            return _hooks(made, options, own, home / name, settings[name].evaluate_every > 0)
+            return usual_hooks(made, options, own, home / name, settings[name].evaluate_every > 0)
 
         return Turn(name, options.build(), seats, settings[name], stage.keeps_critic, hooks)
 
@@ -280,9 +267,9 @@ def _begin(
     """Backbone and prompts; refuses a student that no pipeline could sample, and what cannot be sharded."""
     backbone = (teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)).backbone
     for settings in train_options:
-        _check_sharding(backbone, roles, settings, makes_pairs=False)
+        check_sharding(backbone, roles, settings, makes_pairs=False)
     choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)
-    return backbone, _training_prompts(backbone.source, prompts)
+    return backbone, training_prompts(backbone.source, prompts)
 
 
 def _router(backbone: Backbone, texts: Sequence[str], parts: int | Sequence[Sequence[str]], out: Path) -> Router:
@@ -331,7 +318,7 @@ def _configuration(backbone: Backbone, roles: RoleOptions, texts: Sequence[str])
     if roles.alpha is None:
         del kept["alpha"]  # runs that began before there was one go on
     size = {"size": backbone.told_size} if backbone.told_size else {}
-    return {"teacher": backbone.source, "roles": kept, "prompts": _fingerprint(texts), **size}
+    return {"teacher": backbone.source, "roles": kept, "prompts": fingerprint(texts), **size}
 
 
 def _by_stage(

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import chain_pair  # noqa: E402
 from tiny_pixart import PROMPTS, perturb  # noqa: E402
 
-from fewstep.api import LiveStudent  # noqa: E402
 from fewstep.core.shards import fill_, is_sharded, whole  # noqa: E402
 from fewstep.data.prompts import PromptData  # noqa: E402
 from fewstep.errors import FewstepError  # noqa: E402
+from fewstep.live import LiveStudent  # noqa: E402
 from fewstep.methods import preset  # noqa: E402
 from fewstep.models import Roles, build_roles, load_backbone, save_student, seeded_noise  # noqa: E402
 from fewstep.models.sharding import collected, shard  # noqa: E402
