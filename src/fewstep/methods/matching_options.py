@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
@@ -115,8 +115,10 @@ class MatchingOptions:
     discriminator_weight: float = 0.01
     """Weight of the discriminator's loss beside the critic's, above 0 (DMD2: 1e-2)."""
 
-    may_be_infinite: ClassVar[tuple[str, ...]] = ()
-    """Options for which infinity has a meaning."""
+    @property
+    def may_be_infinite(self) -> tuple[str, ...]:
+        """Options for which infinity has a meaning."""
+        return ()
 
     @property
     def chain_noise(self) -> ChainNoise:

@@ -65,7 +65,10 @@ class RewardForcingOptions(SelfForcingOptions):
     """Weights have mean 1 in the `batch` that is computed together, which has to be of two videos or more (ours); or
     weight 1 belongs to the reward's `mean` (published)."""
 
-    may_be_infinite: ClassVar[tuple[str, ...]] = ("beta",)
+    @property
+    def may_be_infinite(self) -> tuple[str, ...]:
+        """An infinite beta is plain DMD."""
+        return ("beta",)
 
     def build(self) -> RewardForcing:
         """The method with these settings; a reward other than motion is given to `RewardForcing` itself."""
