@@ -63,7 +63,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "solver term, start at 1, long": {
         "method": {"start_time": 1.0, "solver_weight": 10.0, "solver_substeps": 3},
         "train": {"student_rate": 2e-4, "critic_rate": 8e-4, "ema_decay": 0.995},
-        "times": 20,
+        "times": 10,
     },
     "solver term, long": {
         "method": {"solver_weight": 10.0},
