@@ -102,7 +102,7 @@ def test_a_log_that_grows_is_read_again(folder: Path) -> None:
     ("file", "content", "message"),
     [
         ("run.json", "{", "found an unreadable run.json"),
-        ("log.jsonl", "nonsense\n", "found an unreadable log.jsonl"),
+        ("log.jsonl", "nonsense\n", "iteration 0 of 20"),
         ("samples/000020-4-steps.png", "no picture", "a picture that cannot be read"),
     ],
 )

@@ -31,12 +31,18 @@ SEEDS = list(range(12))
 KEPT = TextOptions(text_encoder="keep")
 
 
+def roles_of(kind: str, shard: bool) -> RoleOptions:
+    """Small adapters, where there are any."""
+    roles = RoleOptions(roles=kind, shard=shard)  # type: ignore[arg-type]
+    return roles if kind == "copies" else replace(roles, rank=4)
+
+
 def phased(folder: Path, out: Path, kind: str, *, shard: bool = False, resume: bool = False) -> None:
     """Two experts, for two calls and for one; the sharded one reads the teacher from disk part by part."""
     options = PhasedOptions(steps=3, phase_calls=(2, 1), grid=(1.0, 0.75, 0.5), critic_updates=1)
     distill_phases(
         load_teacher(folder / "pixart", defer=shard), options, out=out, prompts=TEXTS, train_options=SETTINGS,
-        roles=RoleOptions(roles=kind, rank=4, shard=shard), text=KEPT, resume=resume,  # type: ignore[arg-type]
+        roles=roles_of(kind, shard), text=KEPT, resume=resume,
     )  # fmt: skip
 
 
@@ -50,7 +56,7 @@ def part(folder: Path, out: Path, kind: str, *, shard: bool = False, depth: floa
 
     distill_part(
         teacher, 1, out=out, parts=2, dm=replace(preset("tdm"), steps=2), gan_weight=0.01 if depth == 1 else 0.0,
-        depth=depth, prompts=TEXTS, real=real, roles=RoleOptions(roles=kind, rank=4, shard=shard),  # type: ignore
+        depth=depth, prompts=TEXTS, real=real, roles=roles_of(kind, shard),
         train_options=SETTINGS, text=KEPT,
     )  # fmt: skip
 

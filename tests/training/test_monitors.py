@@ -131,9 +131,9 @@ def test_alarms_are_lines_of_the_log_that_its_readers_tell_apart(tmp_path: Path)
     assert read_log(log.path) == [{"iteration": 5, "loss/critic": 1.0}, {"iteration": 6, "loss/critic": 2.0}]
     (told,) = read_alarms(log.path)
     assert (told["name"], told["number"], told["since"], told["value"]) == ("frozen", "moved/critic", 3, None)
-    shown = page._alarms([told])
-    assert "<b>frozen</b> at iteration 5: moved/critic = not finite, healthy: always; &lt;b&gt;look" in shown
+    shown = page._alarms({"mine": log.path})
+    assert "<b>frozen</b> (mine, iteration 5): moved/critic = not finite, healthy: always; &lt;b&gt;look" in shown
     assert "(stop)" in shown
-    assert page._alarms([]) == ""
     Log(tmp_path, 4, tensorboard=False).close()  # resumed from before the alarm
     assert read_alarms(log.path) == []
+    assert page._alarms({"mine": log.path}) == ""

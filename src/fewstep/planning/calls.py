@@ -14,6 +14,7 @@ from fewstep.core.streams import Streams
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Options
+from fewstep.methods.decoupled import DecoupledOptions
 
 _SHAPE = (4,)
 """Of the stand-ins' samples: what a method calls does not depend on it."""
@@ -40,8 +41,9 @@ def calls_of(options: Options, process: Process, rows: int) -> dict[str, list[Ca
     Raises:
         FewstepError: the method's student is causal, whose calls are not all of one size.
     """
-    measured = {name: 1.0 for name in ("moment_mean", "moment_variance") if getattr(options, name, 0.0) is None}
-    method = replace(options, **measured).build() if measured else options.build()  # type: ignore[type-var]
+    if isinstance(options, DecoupledOptions) and options.measures:
+        options = replace(options, moment_mean=1.0, moment_variance=1.0)
+    method = options.build()
     if method.needs.causal:
         raise FewstepError(
             f"found {method.name}, whose student makes videos chunk by chunk, expected a method of whole samples, "
