@@ -17,7 +17,7 @@ from tests.streaming.frames import FRAMES, SIZE, FrameByFrame, TinyCausal, TinyS
 from tests.training import training_toy as toy
 from torch import Tensor, nn
 
-from fewstep import api
+from fewstep import api, live
 from fewstep.api import RoleOptions
 from fewstep.conditions import Encoding, TextOptions
 from fewstep.core.files import checksum
@@ -130,11 +130,16 @@ def done(options: Any) -> str | None:
     return roles.hashed.hexdigest()
 
 
+def quickened(options: Any, but: str = "") -> Any:
+    """`options` with few and small calls; their number of critic updates stays if it is `but`."""
+    quick = QUICK if layout_of(options) is None else QUICK | QUICK_CAUSAL
+    there = {entry.name for entry in fields(options)} - ({"critic_updates"} & {but})
+    return replace(options, **{key: value for key, value in quick.items() if key in there})
+
+
 def passed_over(options: Any, name: str) -> str:
     """Why the option `name` of `options` does nothing; empty if it does something or is refused where it would not."""
-    quick = QUICK if layout_of(options) is None else QUICK | QUICK_CAUSAL
-    there = {entry.name for entry in fields(options)} - ({"critic_updates"} & {name})
-    options = replace(options, **{key: value for key, value in quick.items() if key in there})
+    options = quickened(options, but=name)
     plain = done(options)
     assert plain is not None
     if name not in EQUAL:
@@ -384,7 +389,7 @@ def test_held_out_prompts_are_those_of_evaluations(
     loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Sequence[str]] = []
-    monkeypatch.setattr(api, "HeldOut", lambda sample, prompts: asked.append(prompts))
+    monkeypatch.setattr(live, "HeldOut", lambda sample, prompts: asked.append(prompts))
     for held_out in (None, ["a dog"]):
         begun(loaded, tmp_path, held_out=held_out, train_options=replace(SHORT, evaluate_every=2))
     assert asked == [["a frog"], ["a dog"]]
