@@ -241,7 +241,7 @@ def test_the_last_stage_adds_a_discriminator_to_student_and_critic_of_the_second
 def test_a_part_is_held_at_moments_measured_for_its_own_prompts(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fewstep.api, "_MEASURED", 16)
+    monkeypatch.setattr("fewstep.material._MEASURED", 16)
     dm = DecoupledOptions(regulariser="mean_variance", steps=2)
     made = {}
     for part in (1, 2):
