@@ -130,6 +130,18 @@ class Roles(Protocol):
         ...
 
 
+class WithoutCritic:
+    """What a method says that trains no critic; the trainer then never asks for its critic's loss."""
+
+    @property
+    def critic_updates(self) -> int:
+        """None."""
+        return 0
+
+    def critic_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
+        raise NotImplementedError("there is no critic")
+
+
 class Method(Protocol):
     """One published method with its options: a rollout and two losses over it."""
 

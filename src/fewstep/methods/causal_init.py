@@ -28,7 +28,7 @@ from fewstep.core.rollout import Path
 from fewstep.core.streams import Draw
 from fewstep.core.tensors import at_least_float32, flat_mean
 from fewstep.errors import FewstepError
-from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, causal_calls, spread_metrics
+from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, WithoutCritic, causal_calls, spread_metrics
 from fewstep.methods.matching_options import require
 from fewstep.streaming.forced import noised
 from fewstep.unread import refuse_unread
@@ -111,7 +111,7 @@ class CausalInitOptions(Layout):
             refuse_unread(self, ["path_steps", "guidance_scale"], "source 'trajectories'")
 
 
-class CausalInit:
+class CausalInit(WithoutCritic):
     """Imitation of the teacher by a causal student; see the module and `CausalInitOptions`."""
 
     name: ClassVar[str] = "causal-init"
@@ -121,11 +121,6 @@ class CausalInit:
     def __init__(self, options: CausalInitOptions) -> None:
         options.validate()
         self.options = options
-
-    @property
-    def critic_updates(self) -> int:
-        """None: there is no critic."""
-        return 0
 
     @property
     def needs(self) -> Needs:
@@ -155,10 +150,6 @@ class CausalInit:
         path = Path(roles.student, noise, o.time_grid(o.steps), roles.process, found[-1])
         path.pairs, path.real = batch.pairs, batch.real
         return path
-
-    def critic_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
-        """There is no critic."""
-        raise NotImplementedError
 
     def student_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
         """Eq. 4: E |student(chunks at times of their own) - clean|^2, a mean over the elements."""

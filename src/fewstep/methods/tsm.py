@@ -25,7 +25,7 @@ from fewstep.core.streams import Draw
 from fewstep.core.tensors import Condition, at_least_float32, flat_mean
 from fewstep.errors import FewstepError
 from fewstep.losses.critic import CriticWeight, critic_weight
-from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, contrast_metrics, spread_metrics
+from fewstep.methods.base import Batch, ChainNoise, Loss, Needs, Roles, WithoutCritic, contrast_metrics, spread_metrics
 from fewstep.methods.matching_options import MOST, require, require_finite
 from fewstep.unread import refuse_unread
 
@@ -94,7 +94,7 @@ class TSMOptions:
             refuse_unread(self, ["snr_cap"], "weight 'min_snr'")
 
 
-class TSM:
+class TSM(WithoutCritic):
     """Teacher score matching with the given options; see `TSMOptions` for every setting."""
 
     name: ClassVar[str] = "tsm"
@@ -104,11 +104,6 @@ class TSM:
     def __init__(self, options: TSMOptions) -> None:
         options.validate()
         self.options = options
-
-    @property
-    def critic_updates(self) -> int:
-        """None: there is no critic."""
-        return 0
 
     @property
     def needs(self) -> Needs:
@@ -133,10 +128,6 @@ class TSM:
         path = Path(teacher, noise, grids.shifted(o.path_steps, o.shift), roles.process, batch.condition)
         path.real = batch.real
         return path
-
-    def critic_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
-        """There is no critic."""
-        raise NotImplementedError
 
     def student_loss(self, path: Path, roles: Roles, draw: Draw) -> Loss:
         """E lambda_t |student(x_t, t) - teacher(x_t, t)|^2 (card, section 2)."""
