@@ -60,6 +60,18 @@ RUNS: dict[str, dict[str, Any]] = {
         "train": {"student_rate": 2e-4, "critic_rate": 8e-4},
         "times": 6,
     },
+    "solver term, chosen grid": {
+        "method": {
+            "start_time": 1.0,
+            "grid": (1.0, 0.72, 0.42, 0.17),
+            "solver_weight": 10.0,
+            "solver_substeps": 3,
+            "guidance_scale": 4.0,
+            "solver_guidance": 3.5,
+        },
+        "train": {"student_rate": 2e-4, "critic_rate": 8e-4, "ema_decay": 0.995},
+        "times": 8,
+    },
     "solver term, start at 1, long": {
         "method": {"start_time": 1.0, "solver_weight": 10.0, "solver_substeps": 3},
         "train": {"student_rate": 2e-4, "critic_rate": 8e-4, "ema_decay": 0.995},

@@ -10,7 +10,7 @@ from fewstep.core.renoise import renoise
 from fewstep.core.rollout import Landing, Path
 from fewstep.core.streams import Draw
 from fewstep.errors import FewstepError
-from fewstep.evaluation.known_answers import full_checks, quick_checks
+from fewstep.evaluation.known_answers import full_checks, quick_checks, run_known_answers
 from fewstep.evaluation.known_answers_fixed_points import critic_bias, right_gains
 from fewstep.evaluation.known_answers_roles import RUNS, through_roles
 from fewstep.evaluation.known_answers_training import gaussian_answers, gaussian_options
@@ -34,6 +34,13 @@ def test_known_answer(name: str) -> None:
 def test_full_checks_are_further_ones() -> None:
     assert full_checks()
     assert not quick_checks().keys() & full_checks().keys()
+
+
+def test_only_named_checks_run() -> None:
+    names = [answer.name for answer in run_known_answers(only=["wrong step", "identities, flow"])]
+    assert len(names) == 10 and "walked in 2 steps" in " ".join(names)
+    with pytest.raises(FewstepError, match="no check with 'grid of 25'.*--full"):
+        run_known_answers(only=["grid of 25"])
 
 
 def test_closed_form_gains_are_the_cards() -> None:

@@ -13,6 +13,8 @@ class Check:
 
     full: bool = False
     """Also the ones that take minutes."""
+    only: tuple[str, ...] = ()
+    """Only checks in whose name one of these occurs, such as `through adapters`."""
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +27,7 @@ def main(arguments: list[str]) -> None:
 
     table = Table("known answer", "measured", "limit", "")
     failed = 0
-    for row in run_known_answers(full=args.full):
+    for row in run_known_answers(full=args.full, only=args.only):
         print(f"{'ok  ' if row.passed else 'FAIL'} {row.name}", flush=True)
         failed += not row.passed
         table.add_row(row.name, f"{row.measured:.4g}", str(row.limit), "ok" if row.passed else "[red]FAIL")

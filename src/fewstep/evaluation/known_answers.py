@@ -6,12 +6,13 @@ numbers are those of the card `tdm.md`, section 8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import get_args
 
 from fewstep.core.process import DiscreteVP, Flow, Process
+from fewstep.errors import FewstepError
 from fewstep.evaluation.answer import Answer
 from fewstep.evaluation.known_answers_adversarial import adversarial_fixed_points, density_ratio, dmd2_gaussian
 from fewstep.evaluation.known_answers_causal import causal_law
@@ -104,10 +105,19 @@ def _cells(flow: Process, vp: Process) -> list[tuple[str, Process, int, CriticTa
     return sorted(table, key=lambda cell: (cell[0], cell[2], cell[3]) not in first)
 
 
-def run_known_answers(full: bool = False) -> Iterator[Answer]:
+def run_known_answers(full: bool = False, only: Sequence[str] = ()) -> Iterator[Answer]:
     """Every known answer in turn, each yielded as soon as it is measured.
 
-    About four minutes on one core; `full` adds some twenty.
+    About four minutes on one core; `full` adds some twenty. With `only`, those in whose name one of these texts occurs.
+
+    Raises:
+        FewstepError: `only` leaves none.
     """
-    for check in (quick_checks() | (full_checks() if full else {})).values():
-        yield from check()
+    checks = quick_checks() | (full_checks() if full else {})
+    named = {name: check for name, check in checks.items() if not only or any(text in name for text in only)}
+    if not named:
+        raise FewstepError(
+            f"found no check with {' or '.join(map(repr, only))} in its name, expected some of: {'; '.join(checks)}; "
+            f"fix: one of these{'' if full else ', or --full for the longer ones'}"
+        )
+    return (answer for check in named.values() for answer in check())
