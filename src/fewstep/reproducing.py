@@ -23,10 +23,10 @@ from fewstep.methods.matching_options import MatchingOptions
 from fewstep.models.router import Router, part_folder
 from fewstep.models.student import ROUTER
 from fewstep.models.teacher import Teacher
-from fewstep.provenance import OWN, machine, teacher_digest
+from fewstep.provenance import OWN, teacher_digest
 from fewstep.several import distill_part
 from fewstep.training import checkpoint
-from fewstep.training.folder import describe, differing
+from fewstep.training.folder import describe, differing, machine
 from fewstep.training.log import read_log
 from fewstep.training.loop import Hooks, PairData, RealData
 

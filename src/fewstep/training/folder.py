@@ -18,6 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from fewstep.core.files import load_json
 from fewstep.errors import FewstepError
 from fewstep.training import checkpoint
@@ -84,6 +87,11 @@ def locked(folder: Path) -> Iterator[None]:
                 f"found {folder} in use by process {file.read() or 'unknown'}, expected to be alone, "
                 "fix: wait for it, stop it, or choose another output folder"
             ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{folder} is on a disk that cannot lock files ({error}): a second run in it would not be noticed",
+                stacklevel=3,
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -116,8 +124,9 @@ def begin(
 ) -> checkpoint.Checkpoint | None:
     """Makes `folder`, whose lock the caller holds, ready for a run of this configuration; where that is to continue.
 
-    `notes` go to run.json as they are, with those of `noted`. FewstepError if the folder holds a run and `resume` is
-    False, or a run of another configuration. With `resume` and no run in it, a fresh run begins.
+    `notes` go to run.json as they are, with those of `noted`; one called "machine" is compared with the last start's,
+    and a difference warned about. FewstepError if the folder holds a run and `resume` is False, or a run of another
+    configuration. With `resume` and no run in it, a fresh run begins.
     """
     record = folder / RECORD
     if not resume:
@@ -133,6 +142,7 @@ def begin(
                 f"{error}), expected what a run writes, fix: move this checkpoint away, so that the one before is used"
             ) from error
         _refuse_other(state, configuration, found.folder)
+        _tell_other_machine(began.get("machine"), notes.get("machine"), found.folder)
     elif began:
         _refuse_other(began, configuration, record)
     more = {name: began[name] if name in began else note() for name, note in _NOTES.get().items()}
@@ -206,6 +216,22 @@ def _refuse_other(found: Mapping[str, Any], configuration: Mapping[str, Any], wh
             f"{where} was written with other versions ({'; '.join(changed)}): the run goes on, but not to the bit",
             stacklevel=2,
         )
+
+
+def _tell_other_machine(before: Any, now: Any, where: Path) -> None:
+    """Warns where the start before this one was by another device, or by other numbers of threads or processes."""
+    changed = differing(before, now) if isinstance(before, dict) and isinstance(now, dict) else []
+    if changed:
+        warnings.warn(
+            f"{where} was written otherwise ({'; '.join(changed)}): the run goes on, but not to the bit", stacklevel=2
+        )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What of this machine and of the way a run is started may change the last bits of its numbers."""
+    processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    here = {"device": device.type, "threads": torch.get_num_threads(), "processes": processes}
+    return here | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -65,9 +65,16 @@ class Guard:
     def begin(self, iteration: int, told: Mapping[str, Any]) -> bool:
         """Goes on from the checkpoint of `iteration`, whose memory is `told`; whether there is more to do."""
         if told:
-            self._watch.load(told["watch"])
-            self._best.load(told["best"])
-            self._roll_backs = int(told["roll_backs"])
+            try:
+                self._watch.load(told["watch"])
+                self._best.load(told["best"])
+                self._roll_backs = int(told["roll_backs"])
+            except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                raise FewstepError(
+                    f"found a checkpoint of iteration {iteration} in {self._out} whose state.json tells nothing that "
+                    f"monitors can go on from ({type(error).__name__}: {error}), expected what a run writes, fix: move "
+                    "this checkpoint away, so that the one before is used"
+                ) from error
             for trainee in self._state.trainees:
                 trainee.slowed = SLOWER**self._roll_backs
         if self._group.leads:

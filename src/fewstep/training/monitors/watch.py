@@ -92,9 +92,11 @@ class Watch:
         return {name: dict(getattr(self, name)) for name in ("streaks", "since", "quiet", "levels")}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, dict(value))
-        self.levels = {name: [*level, 0.0][:3] for name, level in self.levels.items()}  # versions before had no scatter
+        self.streaks, self.since, self.quiet = (
+            {name: int(value) for name, value in state[each].items()} for each in ("streaks", "since", "quiet")
+        )
+        levels = {name: [*map(float, level), 0.0][:3] for name, level in state["levels"].items()}
+        self.levels = {name: [int(count), *more] for name, (count, *more) in levels.items()}  # no scatter before
 
     def _met(self, condition: Condition, name: str, value: float, iteration: int) -> bool:
         """Counts; whether the condition is to be told."""
