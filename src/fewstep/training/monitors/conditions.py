@@ -176,7 +176,7 @@ CONDITIONS: tuple[Condition, ...] = (
         "the prompt changes nothing in the teacher's answer: see that the unconditional embedding is the encoded empty "
         "prompt, and that conditions reach the teacher",
         low=1e-4,
-        after=3,
+        after=10,  # one sample near the data, which says by itself what it is, hardly needs its prompt
         action="stop",
     ),
     Condition(
