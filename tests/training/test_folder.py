@@ -60,6 +60,22 @@ def test_resume_names_every_option_that_differs(tmp_path: Path) -> None:
     assert _everything(tmp_path) == before
 
 
+def test_an_option_that_an_earlier_version_did_not_know_may_have_its_default(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=2)
+    for file in (tmp_path / "run.json", tmp_path / "checkpoints" / "000002" / "state.json"):
+        told = json.loads(file.read_text())
+        del told["configuration"]["method"]["critic_updates"]
+        told |= folder.describe(told["configuration"])
+        file.write_text(json.dumps(told))
+    listed = tmp_path / "checkpoints" / "000002" / "manifest.json"
+    state = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
+    listed.write_text(json.dumps(json.loads(listed.read_text()) | {"state.json": state}))
+    with pytest.raises(FewstepError, match=r"\(method.critic_updates was 'nothing', is 3\)"):
+        toy.run(tmp_path, iterations=2, resume=True, method=toy.ToyMethod(toy.ToyOptions(critic_updates=3)))
+    with pytest.warns(UserWarning, match="without method.critic_updates: the run goes on at their defaults"):
+        toy.run(tmp_path, iterations=2, resume=True)
+
+
 def test_resume_compares_with_a_run_that_died_before_its_first_checkpoint(tmp_path: Path) -> None:
     toy.run(tmp_path, iterations=3)
     shutil.rmtree(tmp_path / "checkpoints")

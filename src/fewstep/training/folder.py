@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -120,13 +121,19 @@ def room(folder: Path, then: str = RESUME) -> Iterator[None]:
 
 
 def begin(
-    folder: Path, configuration: Mapping[str, Any], notes: Mapping[str, Any], *, resume: bool
+    folder: Path,
+    configuration: Mapping[str, Any],
+    notes: Mapping[str, Any],
+    *,
+    resume: bool,
+    usual: Mapping[str, Any] = MappingProxyType({}),
 ) -> checkpoint.Checkpoint | None:
     """Makes `folder`, whose lock the caller holds, ready for a run of this configuration; where that is to continue.
 
     `notes` go to run.json as they are, with those of `noted`; one called "machine" is compared with the last start's,
     and a difference warned about. FewstepError if the folder holds a run and `resume` is False, or a run of another
-    configuration. With `resume` and no run in it, a fresh run begins.
+    configuration. With `resume` and no run in it, a fresh run begins. An option that an earlier version did not know is
+    no difference while it is as in `usual`, a configuration of defaults.
     """
     record = folder / RECORD
     if not resume:
@@ -141,10 +148,10 @@ def begin(
                 f"found a state.json in {found.folder} that does not say what it is of ({type(error).__name__}: "
                 f"{error}), expected what a run writes, fix: move this checkpoint away, so that the one before is used"
             ) from error
-        _refuse_other(state, configuration, found.folder)
+        _refuse_other(state, configuration, found.folder, usual)
         _tell_other_machine(began.get("machine"), notes.get("machine"), found.folder)
     elif began:
-        _refuse_other(began, configuration, record)
+        _refuse_other(began, configuration, record, usual)
     more = {name: began[name] if name in began else note() for name, note in _NOTES.get().items()}
     (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint.clean(folder / "checkpoints")
@@ -201,15 +208,29 @@ def require_space(folder: Path, checkpoint_bytes: int, keep: int) -> None:
         )
 
 
-def _refuse_other(found: Mapping[str, Any], configuration: Mapping[str, Any], where: Path) -> None:
+def defaults(options: Any) -> dict[str, Any]:
+    """The default of every field of a dataclass that has one."""
+    made = {field.name: field.default_factory() for field in fields(options) if field.default_factory is not MISSING}
+    return made | {field.name: field.default for field in fields(options) if field.default is not MISSING}
+
+
+def _refuse_other(
+    found: Mapping[str, Any], configuration: Mapping[str, Any], where: Path, usual: Mapping[str, Any]
+) -> None:
     now = describe(configuration)
     if found["configuration_hash"] != now["configuration_hash"]:
-        old, new = _flat(found["configuration"]), _flat(now["configuration"])
+        old, new, default = (_flat(each) for each in (found["configuration"], now["configuration"], _plain(usual)))
         names = [name for name in sorted(old | new) if old.get(name, _MISSING) != new.get(name, _MISSING)]
-        listed = "; ".join(f"{n} was {old.get(n, _MISSING)!r}, is {new.get(n, _MISSING)!r}" for n in names)
-        raise FewstepError(
-            f"found another configuration in {where} ({listed}), expected the same one, "
-            "fix: set these options back, or choose another output folder for the new run"
+        unknown = [name for name in names if name not in old and name in default and new[name] == default[name]]
+        if unknown != names:
+            listed = "; ".join(f"{n} was {old.get(n, _MISSING)!r}, is {new.get(n, _MISSING)!r}" for n in names)
+            raise FewstepError(
+                f"found another configuration in {where} ({listed}), expected the same one, "
+                "fix: set these options back, or choose another output folder for the new run"
+            )
+        warnings.warn(
+            f"{where} was written by a version without {', '.join(unknown)}: the run goes on at their defaults",
+            stacklevel=2,
         )
     if changed := differing(found["versions"], now["versions"]):
         warnings.warn(

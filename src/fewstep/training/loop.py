@@ -201,7 +201,8 @@ def train(
             folder.require_space(out, state.bytes(), options.keep)
             stack.enter_context(folder.locked(out))
             notes = {"options": asdict(options), "machine": folder.machine(device)}
-            newest = folder.begin(out, run, notes, resume=resume)
+            usual = {"method": folder.defaults(method.options), "train": folder.defaults(options)}
+            newest = folder.begin(out, run, notes, resume=resume, usual=usual)
         start, told = state.restore(out / "checkpoints", newest, group, options.iterations)
         guard = Guard(options, state, group, out)
         unfinished = guard.begin(start, told.get("monitors", {}))
