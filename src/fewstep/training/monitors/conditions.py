@@ -203,6 +203,14 @@ CONDITIONS: tuple[Condition, ...] = (
         after=3,
         action="finish",
     ),
+    Condition(
+        "worse",
+        ("behind",),
+        "the distance to the teacher was far smaller earlier: use the best student (OUT/best), and train on with lower "
+        "rates, --schedule cosine, or --patience",
+        high=1.5,
+        after=3,
+    ),
 )
 """In the order of the table."""
 

@@ -106,7 +106,7 @@ class Guard:
         self._improved = self._best.improves(iteration, evaluated)
         if not self._watches or not evaluated or not self._group.leads:
             return []
-        return self._watch.look(iteration, {**evaluated, **self._best.drift(evaluated)})
+        return self._watch.look(iteration, {**evaluated, **self._best.behind(evaluated)})
 
     def decide(self, alarms: Sequence[Alarm]) -> Decision:
         """What all processes do now; every process calls this."""
