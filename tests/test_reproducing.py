@@ -137,6 +137,7 @@ def test_what_cannot_be_made_again_is_refused_before_any_work(place: Path, tmp_p
         ({"origin": None}, "found no 'origin' in"),
         ({"origin": told["origin"] | {"prompts": None}}, "found a run with prompts that were passed in Python"),
         ({"origin": told["origin"] | {"given": ["real"]}}, "found a run with real passed in Python"),
+        ({"origin": told["origin"] | {"given": ["start"]}}, "found a run with start .* fix: repeat the call"),
         ({"origin": told["origin"] | {"roles": {"shard": False, "colour": 3}}}, r"found the options \['colour'\]"),
         ({"options": told["options"] | {"iterations": 3}}, "at iteration 2, expected it finished at iteration 3"),
     ):
@@ -178,11 +179,13 @@ def test_parts_of_msd_are_made_again_all_or_one(
     assert {**told, "command": None} == {**again, "command": None}
     assert told["origin"]["part"]["prompts"]["count"] == 3 > told["configuration"]["prompts"]["count"]
 
-    found = fewstep.reproduce(run / "part-2", tmp_path / "one")
+    found = fewstep.reproduce(run / "part-2")
     assert found.equal, found.report()
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["part-2", "router.json"]
+    assert sorted(path.name for path in (run / "part-2-again").iterdir()) == ["part-2", "router.json"]
     with pytest.raises(FewstepError, match="found pairs for a part of MSD"):
-        fewstep.reproduce(run / "part-2", tmp_path / "one", pairs=lambda *_: None)  # type: ignore[arg-type,return-value]
+        fewstep.reproduce(run / "part-2", pairs=lambda *_: None)  # type: ignore[arg-type,return-value]
+    found = fewstep.reproduce(run, tmp_path / "msd-again")  # they are there, and part-2-again is no part
+    assert (found.equal, len(found.compared)) == (True, 6)
     shutil.rmtree(run / "part-1" / "dm" / "checkpoints")
     with pytest.raises(FewstepError, match="part-1/dm without a checkpoint, expected it finished at iteration 2"):
         fewstep.reproduce(run, tmp_path / "none")

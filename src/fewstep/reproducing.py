@@ -92,7 +92,8 @@ def reproduce(
     if out.resolve() == run.resolve():
         raise FewstepError(f"found {out} as the run and its copy, expected two folders, fix: choose another --out")
     several = (run / ROUTER).is_file()
-    calls = [(folder, asked_for(folder)) for folder in (sorted(run.glob("part-*")) if several else [run])]
+    folders = [part_folder(run, number) for number in range(Router.load(run).parts)] if several else [run]
+    calls = [(folder, asked_for(folder)) for folder in folders if folder.is_dir() or not several]
     if not calls:
         raise FewstepError(f"found no part-<k> in {run}, expected those of MSD, fix: train them (fewstep msd)")
     for _, asked in calls:
@@ -131,11 +132,12 @@ def reproduce(
 
 def _require_given(asked: Asked, **passed: object) -> None:
     """Refuses where what was passed in Python is not passed again, or MSD is passed what it does not take."""
-    missing = [name for name in asked.given if name != "hooks" and passed[name] is None]
+    missing = [name for name in asked.given if name != "hooks" and passed.get(name) is None]
     if missing:
+        again = f"fewstep.reproduce(..., {missing[0]}=...)" if missing[0] in passed else "repeat the call that made it"
         raise FewstepError(
             f"found a run with {' and '.join(missing)} passed in Python, which no file holds, expected the same again, "
-            f"fix: fewstep.reproduce(..., {missing[0]}=...)"
+            f"fix: {again}"
         )
     odd = [name for name in ("pairs", "hooks") if passed[name] is not None and asked.part is not None]
     if odd:
