@@ -2,12 +2,14 @@
 
     python benchmarks/long_run.py --out DIR --iterations 3000                      # the embedded teacher
     python benchmarks/long_run.py --out DIR --iterations 60 --batch 2 --every 5    # a short one
+    python benchmarks/long_run.py --out DIR --batch 2 --steps 2 --guidance-scale 2 # options of `fewstep distill tdm`
 
 Starts `fewstep distill tdm` with logs, sample grids, checkpoints and, with `--evaluate-every`, evaluations, and looks
 at it from outside every `--every` iterations: resident memory, open file handles, and what lies in its folder. At the
 end it prints slopes by least squares over the second half of the run, where caches and the allocator have settled. It
 fails if memory grows by more than `--most` MiB per 1,000 iterations, or handles or checkpoints grow at all; the log and
-the grids grow by a line and a picture each time they are written, and no faster.
+the grids grow by a line and a picture each time they are written, and no faster. It also prints how scores went, and
+what the monitors told.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from fewstep.training.log import read_alarms, read_log
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NAMES = ("resident MiB", "handles", "checkpoints MiB", "log MiB", "samples MiB")
@@ -77,6 +81,19 @@ def slope(notes: list[dict[str, float]], name: str) -> float:
     return 1000 * float((x * y).sum() / x.square().sum())
 
 
+def course(log: Path) -> None:
+    """Prints the first, the best and the last evaluation, and alarms by name."""
+    evaluated = [record for record in read_log(log) if "evaluate/score" in record]
+    if evaluated:
+        best = min(evaluated, key=lambda record: record["evaluate/score"] or 0.0)
+        print("| evaluation at iteration | score | sharpness | variety |\n|---|---|---|---|")
+        for record in (evaluated[0], best, evaluated[-1]):
+            told = " | ".join(f"{record[f'evaluate/{name}']:.4g}" for name in ("score", "sharpness", "variety"))
+            print(f"| {record['iteration']} | {told} |")
+    alarms = [f"{alarm['name']} at {alarm['iteration']}" for alarm in read_alarms(log)]
+    print(f"alarms: {', '.join(alarms) or 'none'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
@@ -86,11 +103,12 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=0, help="iterations between evaluations; 0: none")
     parser.add_argument("--most", type=float, default=4.0, help="MiB of memory per 1,000 iterations")
     parser.add_argument("--device", default="cpu")
-    told = parser.parse_args()
+    told, more = parser.parse_known_args()
     every = str(told.every)
     command = [sys.executable, "-m", "fewstep", "distill", "tdm", "--out", str(told.out), "--device", told.device]
     command += ["--iterations", str(told.iterations), "--batch", str(told.batch), "--log-every", "1"]
     command += ["--checkpoint-every", every, "--sample-every", every, "--evaluate-every", str(told.evaluate_every)]
+    command += more
     notes = watch(command, told.out, told.every)
     half = notes[len(notes) // 2 :]
     if len(half) < 3:
@@ -101,6 +119,7 @@ def main() -> None:
     slopes = {name: slope(half, name) for name in NAMES}
     for name in NAMES:
         print(f"| {name} | {notes[0][name]:.4g} | {half[0][name]:.4g} | {notes[-1][name]:.4g} | {slopes[name]:+.3g} |")
+    course(told.out / "log.jsonl")
     limits = {"resident MiB": told.most, "handles": 0.0, "checkpoints MiB": 0.5}
     growing = [name for name, limit in limits.items() if slopes[name] > limit]
     if growing:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep.cli import COMMANDS, main
 from fewstep.methods import METHODS
@@ -186,6 +188,26 @@ def test_students_take_no_guidance_and_only_their_steps(run: Path, capsys: pytes
     words = ["sample", "--student", run / "student", "--prompt", "a frog"]
     assert "guidance is trained into it" in fails(capsys, *words, "--guidance-scale", "3")
     assert "expected one of [4]" in fails(capsys, *words, "--steps", "3")
+
+
+def test_no_memory_left_is_one_paragraph_and_other_errors_of_the_program_are_not_hidden(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.commands.methods.main", lambda words: torch.empty(10**15))
+    assert "found no memory left" in fails(capsys, "methods")
+    monkeypatch.setattr("fewstep.commands.methods.main", lambda words: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError):
+        main(["methods"])
+
+
+def test_ctrl_c_before_or_after_training_ends_with_its_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.commands.methods.main", lambda words: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stopped:
+        main(["methods"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "fewstep: stopped; the same command goes on (--resume for a run)\n"
 
 
 def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:

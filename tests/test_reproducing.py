@@ -17,8 +17,11 @@ from fewstep.api import RoleOptions
 from fewstep.cli import main
 from fewstep.errors import FewstepError
 from fewstep.methods import preset
+from fewstep.methods.tdm_options import TDMOptions
 from fewstep.reproducing import OF_THE_MOMENT, _compare_logs, _compare_students, _compare_weights
+from fewstep.several import distill_part
 from fewstep.training.folder import RECORD
+from fewstep.training.loop import Hooks
 from fewstep.training.options import TrainOptions
 
 QUICK = ["--iterations", "2", "--batch", "2", "--warmup", "1", "--log-every", "1", "--no-tensorboard", "--steps", "2"]
@@ -134,6 +137,7 @@ def test_what_cannot_be_made_again_is_refused_before_any_work(place: Path, tmp_p
         ({"origin": None}, "found no 'origin' in"),
         ({"origin": told["origin"] | {"prompts": None}}, "found a run with prompts that were passed in Python"),
         ({"origin": told["origin"] | {"given": ["real"]}}, "found a run with real passed in Python"),
+        ({"origin": told["origin"] | {"given": ["start"]}}, "found a run with start .* fix: repeat the call"),
         ({"origin": told["origin"] | {"roles": {"shard": False, "colour": 3}}}, r"found the options \['colour'\]"),
         ({"options": told["options"] | {"iterations": 3}}, "at iteration 2, expected it finished at iteration 3"),
     ):
@@ -156,3 +160,74 @@ def test_phases_and_python_calls_are_made_again(tiny_teacher: Path, tmp_path: Pa
     assert found.equal, found.report()
     assert [one.split(" of ")[1] for one in found.compared] == ["phase-1", "phase-2", "the student"]
     assert record(tmp_path / "run" / "phase-2")["origin"]["given"] == []
+
+
+def test_parts_of_msd_are_made_again_all_or_one(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of half the size, in two stages; by the command, whose prompts are in a file."""
+    run = tmp_path / "msd"
+    words = ["--teacher", str(place / "teacher"), "--prompts", f"{place / 'prompts.jsonl'}:text", "--out", str(run)]
+    for part in ("1", "2"):
+        main(["msd", "tdm", "--part", part, "--parts", "2", "--depth", "0.5", *words, *QUICK])
+    main(["reproduce", str(run)])
+    said = capsys.readouterr().out
+    assert "equal to the bit" in said
+    assert all(f"2 log lines and {count} tensors of part-1/{stage}" in said for count, stage in counted(run / "part-1"))
+    assert "of part-2/dm" in said
+    told, again = (record(tmp_path / name / "part-2" / "dm") for name in ("msd", "msd-again"))
+    assert {**told, "command": None} == {**again, "command": None}
+    assert told["origin"]["part"]["prompts"]["count"] == 3 > told["configuration"]["prompts"]["count"]
+
+    found = fewstep.reproduce(run / "part-2")
+    assert found.equal, found.report()
+    assert sorted(path.name for path in (run / "part-2-again").iterdir()) == ["part-2", "router.json"]
+    with pytest.raises(FewstepError, match="found pairs for a part of MSD"):
+        fewstep.reproduce(run / "part-2", pairs=lambda *_: None)  # type: ignore[arg-type,return-value]
+    found = fewstep.reproduce(run, tmp_path / "msd-again")  # they are there, and part-2-again is no part
+    assert (found.equal, len(found.compared)) == (True, 6)
+    shutil.rmtree(run / "part-1" / "dm" / "checkpoints")
+    with pytest.raises(FewstepError, match="part-1/dm without a checkpoint, expected it finished at iteration 2"):
+        fewstep.reproduce(run, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def counted(part: Path) -> list[tuple[int, str]]:
+    """Tensors of the last checkpoint of each stage."""
+    files = {stage: (part / stage / "checkpoints" / "000002").glob("*.safetensors") for stage in ("tsm", "dm")}
+    return [(sum(len(load_file(file)) for file in of_stage), stage) for stage, of_stage in files.items()]
+
+
+def test_a_part_of_given_prompts_with_data_of_its_own_is_made_again(tiny_teacher: Path, tmp_path: Path) -> None:
+    """What was passed in Python is asked for: the prompts of all parts in their order, and the data."""
+    teacher, parts = fewstep.load_teacher(tiny_teacher), [["a frog", "a blue frog"], ["a 3d pizza"]]
+
+    def real(iteration: int, samples: torch.Tensor) -> Any:
+        noise = torch.randn(len(samples), 4, 8, 8, generator=torch.Generator().manual_seed(iteration))
+        return noise, teacher.backbone.encode(["a 3d pizza"] * len(samples))
+
+    distill_part(
+        teacher, 2, out=tmp_path / "msd", parts=parts, dm=TDMOptions(steps=2), gan_weight=0.01, real=real,
+        train_options={"dm": SHORT, "adm": replace(SHORT, iterations=1, student_rate=1e-5)}, roles=RoleOptions(rank=2),
+    )  # fmt: skip
+    given = {"prompts": [text for part in parts for text in part], "real": real}
+    with pytest.raises(FewstepError, match="found a run with real passed in Python"):
+        fewstep.reproduce(tmp_path / "msd" / "part-2", prompts=given["prompts"])  # type: ignore[arg-type]
+    found = fewstep.reproduce(tmp_path / "msd" / "part-2", tmp_path / "again", **given)  # type: ignore[arg-type]
+    assert found.equal, found.report()
+    assert [one.split(" of ")[1] for one in found.compared] == ["adm", "dm", "the student"]
+    assert record(tmp_path / "again" / "part-2" / "adm")["options"]["student_rate"] == 1e-5
+
+
+def test_a_run_that_patience_ended_is_finished(tiny_teacher: Path, tmp_path: Path) -> None:
+    scores = iter([1.0, 2.0] * 2)
+    hooks = Hooks(evaluate=lambda iteration: {"score": next(scores)})
+    early = replace(SHORT, iterations=5, evaluate_every=1, patience=1, ema_decay=0.0)
+    prompts = ["a frog"]
+    fewstep.distill(
+        tiny_teacher, TDMOptions(steps=2), out=tmp_path / "run", prompts=prompts, roles=RoleOptions(rank=2),
+        train_options=early, hooks=hooks,
+    )  # fmt: skip
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000002"]
+    found = fewstep.reproduce(tmp_path / "run", prompts=prompts, hooks=hooks)
+    assert found.equal, found.report()

@@ -65,6 +65,22 @@ def main(arguments: list[str] | None = None) -> None:
             f"found {str(error)[:300]} ({type(error).__name__}), expected files and folders that can be read and "
             "written, fix: check the paths and their permissions"
         )
+    except KeyboardInterrupt:
+        print("fewstep: stopped; the same command goes on (--resume for a run)", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _fail(
+            f"found no memory left ({str(error)[:200]}), expected the run to fit, fix: `fewstep plan` says what fits; "
+            "lower --batch or --microbatch, or take --checkpointing; a run goes on with --resume"
+        )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Torch's error for a GPU is a class of its own, that for the processor one of its general ones."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _fail(message: str) -> None:

@@ -6,7 +6,6 @@ takes to ask for it again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.methods.base import Options
 from fewstep.models.card import papers
 from fewstep.models.teacher import Teacher
-from fewstep.training.folder import noted
+from fewstep.training.folder import machine, noted
 
 EMOJI = "emoji"
 """The name of the embedded teacher."""
@@ -79,13 +77,6 @@ def teacher_digest(teacher: Teacher) -> str:
     from fewstep.evaluation.samples import fingerprint
 
     return fingerprint(teacher.backbone.folder or teacher.backbone.source)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What of this machine and of the way a run is started may change the last bits of its numbers."""
-    processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    here = {"device": device.type, "threads": torch.get_num_threads(), "processes": processes}
-    return here | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def _name(dtype: torch.dtype) -> str:

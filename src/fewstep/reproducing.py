@@ -7,33 +7,31 @@ On one machine, with the same versions and on the CPU, both are equal to the bit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
-from fewstep.api import STUDENT_FOLDER, RoleOptions, distill, load_teacher
-from fewstep.conditions import TextOptions
+from fewstep.api import STUDENT_FOLDER, distill, load_teacher
+from fewstep.asked import Asked, asked_for
 from fewstep.core.files import checksum
 from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
 from fewstep.material import fingerprint
-from fewstep.methods import METHODS, Options
+from fewstep.methods.matching_options import MatchingOptions
+from fewstep.models.router import Router, part_folder
+from fewstep.models.student import ROUTER
 from fewstep.models.teacher import Teacher
-from fewstep.provenance import DATA, ORIGIN, OWN, machine, teacher_digest
+from fewstep.provenance import OWN, teacher_digest
+from fewstep.several import distill_part
 from fewstep.training import checkpoint
-from fewstep.training.folder import RECORD, describe, differing, read_record
+from fewstep.training.folder import describe, differing, machine
 from fewstep.training.log import read_log
 from fewstep.training.loop import Hooks, PairData, RealData
-from fewstep.training.options import TrainOptions
 
 OF_THE_MOMENT = ("time/", "memory/")
 """Numbers of a log line that no two runs share."""
-_SIDES = ("height", "width", "num_frames")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -63,29 +61,6 @@ class Reproduction:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What a run was asked for, as its run.json says."""
-
-    teacher: dict[str, Any]
-    """Arguments of `load_teacher`."""
-    teacher_steps: int
-    teacher_guidance: float
-    digest: str
-    """Of the teacher's files."""
-    options: Options
-    roles: RoleOptions
-    train: TrainOptions
-    text: TextOptions
-    sizes: list[str]
-    prompts: str | None
-    fingerprint: dict[str, Any]
-    """Of the prompts."""
-    given: list[str]
-    machine: dict[str, Any]
-    versions: dict[str, str]
-
-
 def reproduce(
     run: str | Path,
     out: str | Path | None = None,
@@ -100,8 +75,9 @@ def reproduce(
     Costs as much as the run did. An interrupted reproduction goes on when it is called again.
 
     Args:
-        run: folder of a run of `fewstep.distill` (also of one with phases).
-        out: folder of the new run; `run` with `-again` unless told.
+        run: folder of a run of `fewstep.distill` (also of one with phases); of MSD's parts, all of which are made
+            again, or of one of them, which is made again in `out`/part-<k>.
+        out: folder of the new run; `run` with `-again` unless told. MSD's router is copied there.
         prompts: as for `distill`, where they were passed in Python or lie elsewhere now; they have to be the same.
         real: clean data, where they were passed in Python.
         pairs: likewise.
@@ -115,111 +91,76 @@ def reproduce(
     out = Path(f"{run}-again" if out is None else out)
     if out.resolve() == run.resolve():
         raise FewstepError(f"found {out} as the run and its copy, expected two folders, fix: choose another --out")
-    parts = _parts(run)
-    asked = _asked(run / parts[0])
-    for part in parts:
-        _require_finished(run / part, asked.train.iterations)
-    passed = {"real": real is not None, "pairs": pairs is not None, "hooks": True}
-    if missing := [name for name in asked.given if not passed.get(name)]:
+    several = (run / ROUTER).is_file()
+    folders = [part_folder(run, number) for number in range(Router.load(run).parts)] if several else [run]
+    calls = [(folder, asked_for(folder)) for folder in folders if folder.is_dir() or not several]
+    if not calls:
+        raise FewstepError(f"found no part-<k> in {run}, expected those of MSD, fix: train them (fewstep msd)")
+    for _, asked in calls:
+        _require_given(asked, real=real, pairs=pairs, hooks=hooks)
+    ready = [(folder, asked, _teacher(asked), _prompts(asked, prompts)) for folder, asked in calls]
+    compared, differences, surroundings = [], [], []
+    for folder, asked, teacher, texts in ready:
+        new = out if asked.part is None else part_folder(out, asked.part.number - 1)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(asked.machine["threads"])
+        try:
+            surroundings += differing(asked.machine, machine(teacher.backbone.device))
+            if asked.part is None:
+                distill(
+                    teacher, asked.options, out=out, prompts=texts, real=real, pairs=pairs, roles=asked.roles,
+                    train_options=asked.train[asked.turns[0]], text=asked.text, sizes=asked.sizes, hooks=hooks,
+                    resume=True,
+                )  # fmt: skip
+            else:
+                _again(asked, folder.parent, teacher, texts, real, out)
+        finally:
+            torch.set_num_threads(threads)
+        surroundings += differing(asked.versions, describe({})["versions"])
+        ignored = (*OF_THE_MOMENT, "evaluate/") if "hooks" in asked.given and hooks is None else OF_THE_MOMENT
+        for turn in asked.turns:
+            lines, found = _compare_logs(folder / turn, new / turn, ignored)
+            tensors, others = _compare_weights(folder / turn, new / turn)
+            name = Path(folder.name if several else "", turn)
+            compared.append(f"{lines} log lines and {tensors} tensors of {name if name.name else 'the run'}")
+            differences += found + others
+        files, found = _compare_students(folder / STUDENT_FOLDER, new / STUDENT_FOLDER)
+        compared.append(f"{files} weight files of the student")
+        differences += found
+    return Reproduction(run, out, tuple(compared), tuple(differences), tuple(dict.fromkeys(surroundings)))
+
+
+def _require_given(asked: Asked, **passed: object) -> None:
+    """Refuses where what was passed in Python is not passed again, or MSD is passed what it does not take."""
+    missing = [name for name in asked.given if name != "hooks" and passed.get(name) is None]
+    if missing:
+        again = f"fewstep.reproduce(..., {missing[0]}=...)" if missing[0] in passed else "repeat the call that made it"
         raise FewstepError(
             f"found a run with {' and '.join(missing)} passed in Python, which no file holds, expected the same again, "
-            f"fix: fewstep.reproduce(..., {missing[0]}=...)"
+            f"fix: {again}"
         )
-    teacher, texts = _teacher(asked), _prompts(asked, prompts)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(asked.machine["threads"])
-    try:
-        here = machine(teacher.backbone.device)
-        distill(
-            teacher, asked.options, out=out, prompts=texts, real=real, pairs=pairs, roles=asked.roles,
-            train_options=asked.train, text=asked.text, sizes=asked.sizes, hooks=hooks, resume=True,
-        )  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
-    surroundings = differing(asked.versions, describe({})["versions"]) + differing(asked.machine, here)
-    ignored = (*OF_THE_MOMENT, "evaluate/") if "hooks" in asked.given and hooks is None else OF_THE_MOMENT
-    compared, differences = [], []
-    for part in parts:
-        lines, found = _compare_logs(run / part, out / part, ignored)
-        tensors, others = _compare_weights(run / part, out / part)
-        compared.append(f"{lines} log lines and {tensors} tensors of {part.name or 'the run'}")
-        differences += found + others
-    files, found = _compare_students(run / STUDENT_FOLDER, out / STUDENT_FOLDER)
-    compared.append(f"{files} weight files of the student")
-    return Reproduction(run, out, tuple(compared), (*differences, *found), tuple(surroundings))
+    odd = [name for name in ("pairs", "hooks") if passed[name] is not None and asked.part is not None]
+    if odd:
+        raise FewstepError(f"found {odd[0]} for a part of MSD, expected none, as it takes none, fix: leave them out")
 
 
-def _parts(run: Path) -> list[Path]:
-    """The runs in the folder, relative to it: itself, or its phases."""
-    if (run / RECORD).is_file():
-        return [Path()]
-    found = sorted(path.parent.relative_to(run) for path in run.glob(f"*/{RECORD}"))
-    if not found:
-        raise FewstepError(f"found no {RECORD} in {run}, expected the folder of a run (its --out), fix: check the path")
-    return found
+def _again(
+    asked: Asked, home: Path, teacher: Teacher, texts: Sequence[str] | None, real: RealData | None, out: Path
+) -> None:
+    """A part of MSD, whose router in `home` it shares with the others."""
+    assert asked.part is not None
+    assert isinstance(asked.options, MatchingOptions)  # see `asked_for`
+    if not (out / ROUTER).is_file():
+        Router.load(home).save(out)
+    part = asked.part
+    distill_part(
+        teacher, part.number, out=out, parts=part.of, dm=asked.options, gan_weight=part.gan_weight, tsm=part.tsm,
+        depth=part.depth, width=part.width, prompts=texts, real=real, roles=asked.roles, train_options=asked.train,
+        text=asked.text, resume=True,
+    )  # fmt: skip
 
 
-def _asked(run: Path) -> _Asked:
-    """What run.json says that was asked for.
-
-    Raises:
-        FewstepError: it does not say it, or it is nothing that this version knows.
-    """
-    record = read_record(run)
-    if not isinstance(record.get(ORIGIN), dict):
-        raise FewstepError(
-            f"found no {ORIGIN!r} in {run / RECORD}, expected that of a run which fewstep.distill began (an earlier "
-            "version, MSD's parts and fewstep.training.train leave none), fix: repeat the call that made it"
-        )
-    origin, configuration = record[ORIGIN], record["configuration"]
-    try:
-        told, given = origin["teacher"], [str(name) for name in origin["given"]]
-        asked = _Asked(
-            teacher={
-                "source": str(told["source"]),
-                "dtype": _DTYPES[told["dtype"]],
-                "quantised": told["quantised"],
-                **{name: int(told["size"][name]) for name in told["size"].keys() & set(_SIDES)},
-            },
-            teacher_steps=int(told["steps"]),
-            teacher_guidance=float(told["guidance_scale"]),
-            digest=str(record[DATA]["teacher"]),
-            options=_options(configuration["method"]),
-            roles=_restored(RoleOptions, origin["roles"]),
-            train=_restored(TrainOptions, record["options"]),
-            text=_restored(TextOptions, _with_path(origin["text"])),
-            sizes=[str(size) for size in origin["sizes"]],
-            prompts=None if origin["prompts"] is None else str(origin["prompts"]),
-            fingerprint={"count": configuration["prompts"]["count"], "hash": configuration["prompts"]["hash"]},
-            given=given,
-            machine=dict(origin["machine"]),
-            versions=record["versions"],
-        )
-        asked.train.validate()
-        asked.roles.validate(asked.options.build().needs, asked.roles)
-        if not (isinstance(asked.machine["threads"], int) and asked.machine["threads"] > 0):
-            raise ValueError(f"threads {asked.machine['threads']}")
-        asked.machine["device"]
-    except FewstepError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise FewstepError(
-            f"found {run / RECORD} that does not say what was asked for ({type(error).__name__}: {error}), expected "
-            "what fewstep.distill writes there, fix: repeat the call that made the run"
-        ) from error
-    return asked
-
-
-def _require_finished(run: Path, iterations: int) -> None:
-    found = checkpoint.newest(run / "checkpoints")
-    if found is None or found.iteration != iterations:
-        at = "without a checkpoint" if found is None else f"at iteration {found.iteration}"
-        raise FewstepError(
-            f"found the run {run} {at}, expected it finished at iteration {iterations}, fix: resume it first (--resume)"
-        )
-
-
-def _teacher(asked: _Asked) -> Teacher:
+def _teacher(asked: Asked) -> Teacher:
     """The teacher as it was loaded; on the CPU where there is no device of its kind.
 
     Raises:
@@ -236,7 +177,7 @@ def _teacher(asked: _Asked) -> Teacher:
     return teacher
 
 
-def _prompts(asked: _Asked, told: Sequence[str] | str | Path | None) -> Sequence[str] | None:
+def _prompts(asked: Asked, told: Sequence[str] | str | Path | None) -> Sequence[str] | None:
     """The prompts, which are the run's own; None for the embedded teacher's captions.
 
     Raises:
@@ -258,37 +199,6 @@ def _prompts(asked: _Asked, told: Sequence[str] | str | Path | None) -> Sequence
             f"({before['count']}, hash {before['hash']}), expected the same, fix: restore the file"
         )
     return texts
-
-
-def _options(told: Mapping[str, Any]) -> Options:
-    """The options of the method that a configuration names."""
-    kinds = {make().build().name: type(make()) for make in METHODS.values()}
-    values = {name: value for name, value in told.items() if name not in ("name", "phase")}
-    if told["name"] not in kinds:
-        raise FewstepError(
-            f"found a run of the method {told['name']!r}, expected one of {sorted(kinds)}, fix: repeat the call that "
-            "made it"
-        )
-    return _restored(kinds[told["name"]], values)
-
-
-def _restored(kind: type[_T], values: Mapping[str, Any]) -> _T:
-    """The dataclass that JSON was made of.
-
-    Raises:
-        FewstepError: options that it has not.
-    """
-    known = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(values.keys() - known):
-        raise FewstepError(
-            f"found the options {unknown} in {RECORD}, expected those of {kind.__name__} in this version, fix: install "
-            "the version of fewstep that the run was made with"
-        )
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def _with_path(text: Mapping[str, Any]) -> dict[str, Any]:
-    return {**text, "cache": None if text["cache"] is None else Path(text["cache"])}
 
 
 def _compare_logs(run: Path, out: Path, ignored: tuple[str, ...]) -> tuple[int, list[str]]:

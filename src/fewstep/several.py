@@ -23,12 +23,13 @@ from fewstep.api import EMOJI, MEMORY_ONLY, STUDENT_FOLDER, RoleOptions, check_s
 from fewstep.conditions import Encoding, TextOptions
 from fewstep.data.prompts import PromptData
 from fewstep.data.real import RealScenes
+from fewstep.data.sources import Prompts
 from fewstep.errors import FewstepError
 from fewstep.live import usual_hooks
 from fewstep.material import at_first_size, fingerprint, own_scenes, size_list, training_prompts, with_moments
 from fewstep.methods.base import Needs, Options
 from fewstep.methods.matching_options import MatchingOptions
-from fewstep.methods.msd import Stage, msd_stages
+from fewstep.methods.msd import Part, Stage, msd_stages
 from fewstep.methods.phased import PhasedOptions
 from fewstep.methods.tdm_options import TDMOptions
 from fewstep.methods.tsm import TSMOptions
@@ -43,6 +44,7 @@ from fewstep.models.sharding import collected, shard
 from fewstep.models.smaller import build_smaller_roles, smaller_network
 from fewstep.models.student import ROUTER, Student, load_student
 from fewstep.models.teacher import Teacher
+from fewstep.provenance import OWN, recorded
 from fewstep.training.folder import refuse_run, room
 from fewstep.training.loop import Hooks, RealData, TrainResult
 from fewstep.training.options import TrainOptions
@@ -72,7 +74,8 @@ def distill_phases(
     options, roles, train_options = options or PhasedOptions(), roles or RoleOptions(), train_options or TrainOptions()
     options.validate()
     train_options.validate()
-    backbone, texts = _begin(teacher, options, prompts, roles, [train_options])
+    loaded, texts = _begin(teacher, options, prompts, roles, [train_options])
+    backbone = loaded.backbone
     refuse_others(backbone.network)
     fresh = _fresh_networks(backbone, roles)
     switches = switch_times(options.time_grid(options.steps), options.ends)
@@ -177,7 +180,8 @@ def distill_part(
             "found --shard for a student with fewer weights than the teacher, expected one of its shape, as each "
             "process reads its rows of the teacher's files, fix: leave --shard off, or depth and width at 1"
         )
-    backbone, texts = _begin(teacher, dm, prompts, roles, list(settings.values()))
+    loaded, texts = _begin(teacher, dm, prompts, roles, list(settings.values()))
+    backbone = loaded.backbone
     if smaller and backbone.quantised is not None:
         raise FewstepError(
             f"found a base in {backbone.quantised} to cut a smaller student from, expected whole weights, "
@@ -193,6 +197,10 @@ def distill_part(
     mine = (router.route(texts, embed) == part - 1).tolist()
     own = [text for text, here in zip(texts, mine, strict=True) if here]
     home, first = part_folder(out, part - 1), settings[stages[0].name]
+    asked = Part(part, router.parts, gan_weight, tsm, depth, width, fingerprint(texts))
+    read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
+    given = [] if real is None else ["real"]
+    origin = recorded(loaded, dm, read_from, [], given, roles=roles, text=text or TextOptions(), part=asked)
     if real is None and any(stage.options.build().needs.real_data for stage in stages):
         own_scenes(backbone, "msd", first.seed)  # refuses teachers whose data we do not have
         real = ScenesOfPart(backbone, first.seed, router, part - 1)
@@ -226,7 +234,7 @@ def distill_part(
     encoding = Encoding.of(backbone, text, out, own, real, own=False)
     configuration = {**_configuration(backbone, roles, own), "part": part, "parts": router.parts, **shape}
     configuration |= encoding.lossy
-    with process_group(backbone.device) as group:
+    with origin, process_group(backbone.device) as group:
         if group.leads and not resume:
             refuse_run(home / turns[0].name)  # rather than after all prompts are encoded
         with encoding.ready(group):
@@ -263,13 +271,14 @@ def _begin(
     prompts: Sequence[str] | str | Path | None,
     roles: RoleOptions,
     train_options: Sequence[TrainOptions],
-) -> tuple[Backbone, Sequence[str]]:
-    """Backbone and prompts; refuses a student that no pipeline could sample, and what cannot be sharded."""
-    backbone = (teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)).backbone
+) -> tuple[Teacher, Sequence[str]]:
+    """Teacher and prompts; refuses a student that no pipeline could sample, and what cannot be sharded."""
+    loaded = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
+    backbone = loaded.backbone
     for settings in train_options:
         check_sharding(backbone, roles, settings, makes_pairs=False)
     choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)
-    return backbone, training_prompts(backbone.source, prompts)
+    return loaded, training_prompts(backbone.source, prompts)
 
 
 def _router(backbone: Backbone, texts: Sequence[str], parts: int | Sequence[Sequence[str]], out: Path) -> Router:

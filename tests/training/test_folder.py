@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
 import resource
@@ -16,6 +18,7 @@ import torch
 import training_toy as toy
 from safetensors.torch import save_file
 
+from fewstep.core.files import checksum
 from fewstep.errors import FewstepError
 from fewstep.training import checkpoint, folder
 from fewstep.training.log import read_log
@@ -57,6 +60,22 @@ def test_resume_names_every_option_that_differs(tmp_path: Path) -> None:
     assert _everything(tmp_path) == before
 
 
+def test_an_option_that_an_earlier_version_did_not_know_may_have_its_default(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=2)
+    for file in (tmp_path / "run.json", tmp_path / "checkpoints" / "000002" / "state.json"):
+        told = json.loads(file.read_text())
+        del told["configuration"]["method"]["critic_updates"]
+        told |= folder.describe(told["configuration"])
+        file.write_text(json.dumps(told))
+    listed = tmp_path / "checkpoints" / "000002" / "manifest.json"
+    state = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
+    listed.write_text(json.dumps(json.loads(listed.read_text()) | {"state.json": state}))
+    with pytest.raises(FewstepError, match=r"\(method.critic_updates was 'nothing', is 3\)"):
+        toy.run(tmp_path, iterations=2, resume=True, method=toy.ToyMethod(toy.ToyOptions(critic_updates=3)))
+    with pytest.warns(UserWarning, match="without method.critic_updates: the run goes on at their defaults"):
+        toy.run(tmp_path, iterations=2, resume=True)
+
+
 def test_resume_compares_with_a_run_that_died_before_its_first_checkpoint(tmp_path: Path) -> None:
     toy.run(tmp_path, iterations=3)
     shutil.rmtree(tmp_path / "checkpoints")
@@ -93,6 +112,55 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with folder.locked(tmp_path), pytest.raises(FewstepError, match=r"in use by process \d+, expected to be alone"):
         toy.run(tmp_path, resume=True)
     assert not (tmp_path / "run.json").exists()
+
+
+def test_a_disk_that_cannot_lock_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre without its flock option, and some network disks."""
+
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="a second run in it would not be noticed"):
+        assert toy.run(tmp_path).iteration == toy.run(tmp_path / "other").iteration
+
+
+def test_another_number_of_threads_is_told_when_a_run_goes_on(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=2, schedule="constant")
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["machine"] == {"device": "cpu", "threads": torch.get_num_threads(), "processes": 1}
+    record["machine"] |= {"threads": 7, "processes": 2}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match=r"threads was 7, is 1; processes was 2, is 1\): the run goes on, but not"):
+        toy.run(tmp_path, iterations=3, schedule="constant", resume=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy.run(tmp_path, iterations=4, schedule="constant", resume=True)
+
+
+def test_lines_that_the_log_has_lost_are_told(tmp_path: Path) -> None:
+    toy.run(tmp_path, iterations=4, schedule="constant", log_every=1)
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    with pytest.warns(UserWarning, match="has 2 whole lines up to iteration 4, where it had 4 when"):
+        toy.run(tmp_path, iterations=5, schedule="constant", log_every=1, resume=True)
+    assert [record["iteration"] for record in read_log(log)] == [1, 2, 5]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once: the next checkpoint knows
+        toy.run(tmp_path, iterations=6, schedule="constant", log_every=1, resume=True)
+
+
+@pytest.mark.parametrize("odd", [{"watch": {}}, {"best": []}, {"roll_backs": "x"}, {"watch": {"streaks": 1}}])
+def test_a_state_that_monitors_cannot_read_is_refused(tmp_path: Path, odd: dict[str, object]) -> None:
+    toy.run(tmp_path, iterations=2)
+    place = tmp_path / "checkpoints" / "000002"
+    state = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps(state | {"monitors": state["monitors"] | odd}))
+    listed = json.loads((place / "manifest.json").read_text())
+    told = {"bytes": (place / "state.json").stat().st_size, "blake2b": checksum(place / "state.json")}
+    (place / "manifest.json").write_text(json.dumps(listed | {"state.json": told}))
+    with pytest.raises(FewstepError, match="tells nothing that monitors can go on from"):
+        toy.run(tmp_path, iterations=2, resume=True)
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

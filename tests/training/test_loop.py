@@ -20,6 +20,7 @@ from fewstep.errors import FewstepError
 from fewstep.methods import DecoupledOptions, preset
 from fewstep.methods.base import Loss, Roles
 from fewstep.models.function_teacher import FunctionTeacher
+from fewstep.training import checkpoint
 from fewstep.training.log import read_log
 from fewstep.training.loop import Hooks, train
 from fewstep.training.networks import Stopwatch
@@ -277,6 +278,41 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(
     toy.run(tmp_path / "stopped", roles=resumed, resume=True)
     toy.run(tmp_path / "whole", roles=whole)
     torch.testing.assert_close(_weights(resumed), _weights(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("during", ["evaluate", "save", "sample"])
+def test_a_signal_during_a_hook_lets_it_end(tmp_path: Path, during: str) -> None:
+    """What an evaluation finds, or a checkpoint holds, is whole; and the run stops there."""
+
+    def told(iteration: int) -> None:
+        if iteration == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(iteration: int) -> dict[str, float]:
+        if during == "evaluate":
+            told(iteration)
+        return {"score": float(iteration)}
+
+    def save(iteration: int, folder: Path) -> None:
+        if during == "save":
+            told(iteration)
+        (folder / "more").write_text(str(iteration))
+
+    def sample(iteration: int) -> None:
+        if during == "sample":
+            told(iteration)
+
+    hooks = Hooks(evaluate=evaluate, save=save, sample=sample)
+    often: dict[str, Any] = {"evaluate_every": 2, "sample_every": 2, "checkpoint_every": 4, "log_every": 1}
+    with pytest.raises(Stopped):
+        toy.run(tmp_path, hooks=hooks, **often)
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.iteration == (5 if during == "save" else 4)  # the next safe point
+    assert (found.folder / "more").read_text() == str(found.iteration)
+    lines = {record["iteration"]: record for record in read_log(tmp_path / "log.jsonl")}
+    assert lines[4]["evaluate/score"] == 4.0
+    assert max(lines) == found.iteration
 
 
 def test_a_second_signal_insists() -> None:

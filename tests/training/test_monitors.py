@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,21 @@ def test_growth_is_measured_against_a_level_that_an_explosion_does_not_lift() ->
     assert not any(watch.look(i, {"loss/critic": 1.1**i}) for i in range(30))  # slow growth is followed
     (alarm,) = [alarm for i in range(30, 40) for alarm in watch.look(i, {"loss/critic": 1e4})]
     assert (alarm.name, alarm.iteration, alarm.since) == ("explosion", 31, 30)
+
+
+def test_a_loss_that_scatters_by_itself_is_no_explosion_and_one_that_grows_is() -> None:
+    """As in batches of one sample, whose critic loss spans three decades (measured on the embedded teacher)."""
+    draw, watch = random.Random(0), Watch()
+    assert not any(watch.look(i, {"loss/critic": math.exp(draw.gauss(-3, 2))}) for i in range(2000))
+    growing = ({"loss/critic": 1.5**i * math.exp(draw.gauss(-3, 2))} for i in range(30))
+    assert [a.name for i, numbers in enumerate(growing, 2000) for a in watch.look(i, numbers)][:1] == ["explosion"]
+
+
+def test_levels_of_a_checkpoint_without_scatter_are_taken_over() -> None:
+    watch, numbers = Watch(), {"loss/critic": 2.0}
+    watch.load({"streaks": {}, "since": {}, "quiet": {}, "levels": {"loss/critic": [40, math.log(2.0)]}})
+    assert watch.shown(numbers)["monitor/growth/loss/critic"] == pytest.approx(1.0)
+    assert watch.look(41, numbers) == []
 
 
 def test_the_state_of_a_watch_goes_through_a_checkpoint() -> None:

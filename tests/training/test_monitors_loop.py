@@ -184,6 +184,14 @@ def test_drift_is_named_where_the_score_rises_and_samples_are_too_sharp(tmp_path
     assert (dull.iteration, read_alarms(dull.log)) == (12, [])
 
 
+def test_a_distance_far_above_its_best_is_told_however_sharp_samples_are(tmp_path: Path) -> None:
+    result = _run(tmp_path, _scored(5.0, 2.0, 3.1, 3.2, 3.3, 3.4, sharpness=0.9)[0])
+    assert [(a["name"], a["since"], a["iteration"], a["done"]) for a in read_alarms(result.log)] == [
+        ("worse", 6, 10, "told")
+    ]
+    assert result.iteration == 12
+
+
 def test_lost_variety_is_named(tmp_path: Path) -> None:
     result = _run(tmp_path, _scored(*range(6, 0, -1), variety=0.3)[0], on_alarm="warn")
     assert [(a["name"], a["iteration"], a["done"]) for a in read_alarms(result.log)] == [("low-variety", 6, "told")]

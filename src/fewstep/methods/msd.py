@@ -15,6 +15,7 @@ trainings. Parts must be contiguous: with random ones each student has as hard a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fewstep.methods.base import Options
 from fewstep.methods.matching_options import MatchingOptions, require
@@ -30,6 +31,21 @@ class Stage:
     options: Options
     keeps_critic: bool = False
     """Its critic goes on from that of the stage before."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part was asked for beside its method, as its runs tell it in run.json; of `several.distill_part`."""
+
+    number: int
+    """From 1."""
+    of: int
+    gan_weight: float
+    tsm: TSMOptions | None
+    depth: float
+    width: float
+    prompts: dict[str, Any]
+    """Count and hash of the prompts of all parts."""
 
 
 def msd_stages(

@@ -13,10 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from fewstep.core.files import load_json
 from fewstep.errors import FewstepError
@@ -84,6 +88,11 @@ def locked(folder: Path) -> Iterator[None]:
                 f"found {folder} in use by process {file.read() or 'unknown'}, expected to be alone, "
                 "fix: wait for it, stop it, or choose another output folder"
             ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{folder} is on a disk that cannot lock files ({error}): a second run in it would not be noticed",
+                stacklevel=3,
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -112,12 +121,19 @@ def room(folder: Path, then: str = RESUME) -> Iterator[None]:
 
 
 def begin(
-    folder: Path, configuration: Mapping[str, Any], notes: Mapping[str, Any], *, resume: bool
+    folder: Path,
+    configuration: Mapping[str, Any],
+    notes: Mapping[str, Any],
+    *,
+    resume: bool,
+    usual: Mapping[str, Any] = MappingProxyType({}),
 ) -> checkpoint.Checkpoint | None:
     """Makes `folder`, whose lock the caller holds, ready for a run of this configuration; where that is to continue.
 
-    `notes` go to run.json as they are, with those of `noted`. FewstepError if the folder holds a run and `resume` is
-    False, or a run of another configuration. With `resume` and no run in it, a fresh run begins.
+    `notes` go to run.json as they are, with those of `noted`; one called "machine" is compared with the last start's,
+    and a difference warned about. FewstepError if the folder holds a run and `resume` is False, or a run of another
+    configuration. With `resume` and no run in it, a fresh run begins. An option that an earlier version did not know is
+    no difference while it is as in `usual`, a configuration of defaults.
     """
     record = folder / RECORD
     if not resume:
@@ -132,9 +148,10 @@ def begin(
                 f"found a state.json in {found.folder} that does not say what it is of ({type(error).__name__}: "
                 f"{error}), expected what a run writes, fix: move this checkpoint away, so that the one before is used"
             ) from error
-        _refuse_other(state, configuration, found.folder)
+        _refuse_other(state, configuration, found.folder, usual)
+        _tell_other_machine(began.get("machine"), notes.get("machine"), found.folder)
     elif began:
-        _refuse_other(began, configuration, record)
+        _refuse_other(began, configuration, record, usual)
     more = {name: began[name] if name in began else note() for name, note in _NOTES.get().items()}
     (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint.clean(folder / "checkpoints")
@@ -191,21 +208,51 @@ def require_space(folder: Path, checkpoint_bytes: int, keep: int) -> None:
         )
 
 
-def _refuse_other(found: Mapping[str, Any], configuration: Mapping[str, Any], where: Path) -> None:
+def defaults(options: Any) -> dict[str, Any]:
+    """The default of every field of a dataclass that has one."""
+    made = {field.name: field.default_factory() for field in fields(options) if field.default_factory is not MISSING}
+    return made | {field.name: field.default for field in fields(options) if field.default is not MISSING}
+
+
+def _refuse_other(
+    found: Mapping[str, Any], configuration: Mapping[str, Any], where: Path, usual: Mapping[str, Any]
+) -> None:
     now = describe(configuration)
     if found["configuration_hash"] != now["configuration_hash"]:
-        old, new = _flat(found["configuration"]), _flat(now["configuration"])
+        old, new, default = (_flat(each) for each in (found["configuration"], now["configuration"], _plain(usual)))
         names = [name for name in sorted(old | new) if old.get(name, _MISSING) != new.get(name, _MISSING)]
-        listed = "; ".join(f"{n} was {old.get(n, _MISSING)!r}, is {new.get(n, _MISSING)!r}" for n in names)
-        raise FewstepError(
-            f"found another configuration in {where} ({listed}), expected the same one, "
-            "fix: set these options back, or choose another output folder for the new run"
+        unknown = [name for name in names if name not in old and name in default and new[name] == default[name]]
+        if unknown != names:
+            listed = "; ".join(f"{n} was {old.get(n, _MISSING)!r}, is {new.get(n, _MISSING)!r}" for n in names)
+            raise FewstepError(
+                f"found another configuration in {where} ({listed}), expected the same one, "
+                "fix: set these options back, or choose another output folder for the new run"
+            )
+        warnings.warn(
+            f"{where} was written by a version without {', '.join(unknown)}: the run goes on at their defaults",
+            stacklevel=2,
         )
     if changed := differing(found["versions"], now["versions"]):
         warnings.warn(
             f"{where} was written with other versions ({'; '.join(changed)}): the run goes on, but not to the bit",
             stacklevel=2,
         )
+
+
+def _tell_other_machine(before: Any, now: Any, where: Path) -> None:
+    """Warns where the start before this one was by another device, or by other numbers of threads or processes."""
+    changed = differing(before, now) if isinstance(before, dict) and isinstance(now, dict) else []
+    if changed:
+        warnings.warn(
+            f"{where} was written otherwise ({'; '.join(changed)}): the run goes on, but not to the bit", stacklevel=2
+        )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What of this machine and of the way a run is started may change the last bits of its numbers."""
+    processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    here = {"device": device.type, "threads": torch.get_num_threads(), "processes": processes}
+    return here | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

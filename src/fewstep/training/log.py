@@ -20,7 +20,7 @@ class Log:
     has each line exactly once. Keys: loss/, gradient_norm/, rate/, metric/, monitor/, forwards/, evaluate/ are the same
     in every repetition of a run; time/ and memory/ are not. Alarms are lines of their own (docs/monitors.md). A number
     that is not finite is written as null, which JSON has. A tracker that fails is warned about and told nothing more;
-    the run and its `log.jsonl` go on.
+    the run and its `log.jsonl` go on. `known`: so many lines had the checkpoint's run; fewer are warned about.
     """
 
     def __init__(
@@ -31,9 +31,17 @@ class Log:
         tensorboard: bool,
         tracker: str = "none",
         configuration: Mapping[str, Any] | None = None,
+        known: object = 0,
     ) -> None:
         self.path = folder / "log.jsonl"
-        _keep_until(self.path, iteration)
+        self.lines = _keep_until(self.path, iteration)
+        """Alarms among them."""
+        if isinstance(known, int) and self.lines < known:
+            warnings.warn(
+                f"{self.path} has {self.lines} whole lines up to iteration {iteration}, where it had {known} when that "
+                "checkpoint was written: lines were lost, and the run goes on without them",
+                stacklevel=2,
+            )
         self._file = self.path.open("a")
         self._trackers: list[Tracker] = [TensorBoard()] if tensorboard else []
         if tracker != "none":
@@ -44,8 +52,7 @@ class Log:
     def write(self, iteration: int, record: Mapping[str, float]) -> None:
         """Appends one line; it is in the file (not yet forced to disk) when this returns."""
         numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
-        self._file.flush()
+        self._append({"iteration": iteration, **numbers})
         for each in list(self._trackers):
             try:
                 each.log(iteration, record)
@@ -58,8 +65,12 @@ class Log:
 
     def alarm(self, iteration: int, told: Mapping[str, Any]) -> None:
         """Appends a line {"iteration": ..., "alarm": `told`}: no numbers, and not for trackers."""
-        self._file.write(json.dumps({"iteration": iteration, "alarm": dict(told)}) + "\n")
+        self._append({"iteration": iteration, "alarm": dict(told)})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        self.lines += 1
 
     def sync(self) -> None:
         """Forces the lines so far to disk; called before a checkpoint that counts on them."""
@@ -95,6 +106,8 @@ def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return whole
 
 
-def _keep_until(path: Path, iteration: int) -> None:
+def _keep_until(path: Path, iteration: int) -> int:
+    """Drops lines of later iterations; how many there are left."""
     kept = [line for line, record in _whole_lines(path) if record["iteration"] <= iteration]
     write_text(path, "".join(kept))
+    return len(kept)

@@ -200,11 +200,14 @@ def train(
         if group.leads:
             folder.require_space(out, state.bytes(), options.keep)
             stack.enter_context(folder.locked(out))
-            newest = folder.begin(out, run, {"options": asdict(options)}, resume=resume)
+            notes = {"options": asdict(options), "machine": folder.machine(device)}
+            usual = {"method": folder.defaults(method.options), "train": folder.defaults(options)}
+            newest = folder.begin(out, run, notes, resume=resume, usual=usual)
         start, told = state.restore(out / "checkpoints", newest, group, options.iterations)
         guard = Guard(options, state, group, out)
         unfinished = guard.begin(start, told.get("monitors", {}))
         kept: dict[str, Any] = {"tensorboard": options.tensorboard, "tracker": options.tracker, "configuration": run}
+        kept["known"] = told.get("log_lines", 0)
         log = stack.enter_context(closing(Log(out, start, **kept))) if group.leads else None
         progress = stack.enter_context(closing(Progress(options.iterations, start, shown=group.leads)))
         meter = Meter(networks, options.batch, device)
@@ -245,7 +248,8 @@ def train(
             if code or not unfinished or options.due(options.checkpoint_every, iteration):
                 if log is not None:
                     log.sync()
-                    saved = _save(state, out, run, options, hooks, guard, iteration)
+                    about = {**folder.describe(run), "monitors": guard.memory(), "log_lines": log.lines}
+                    saved = _save(state, out, about, options, hooks, iteration)
                 elif sharded:
                     saved = _help_save(state, out, hooks, iteration)
             if code:
@@ -318,9 +322,9 @@ def _call_hooks(hooks: Hooks, state: State, options: TrainOptions, iteration: in
 
 
 def _save(
-    state: State, out: Path, run: Mapping[str, Any], options: TrainOptions, hooks: Hooks, guard: Guard, iteration: int
+    state: State, out: Path, about: Mapping[str, Any], options: TrainOptions, hooks: Hooks, iteration: int
 ) -> Path:
-    """Writes the checkpoint of `iteration`, with what the save hook adds to it."""
+    """Writes the checkpoint of `iteration`, which `about` describes, with what the save hook adds to it."""
 
     @torch.no_grad()
     def extra(unfinished: Path) -> None:
@@ -328,7 +332,6 @@ def _save(
             with state.ema.applied():
                 hooks.save(iteration, unfinished)
 
-    about = {**folder.describe(run), "monitors": guard.memory()}
     return state.save(out / "checkpoints", iteration, about, keep=options.keep, extra=extra)
 
 

@@ -43,12 +43,17 @@ class Best:
         self.since += SCORE in evaluated
         return False
 
-    def drift(self, evaluated: Mapping[str, float]) -> dict[str, float]:
-        """drift: the score over the best one where samples are sharper than the teacher's, else 1; {} without them."""
-        if SCORE not in evaluated or SHARPNESS not in evaluated or not 0 < self.score < math.inf:
+    def behind(self, evaluated: Mapping[str, float]) -> dict[str, float]:
+        """behind: the score over the best one; drift: likewise where samples are sharper than the teacher's, else 1.
+
+        Neither without a score, no drift without a sharpness.
+        """
+        if SCORE not in evaluated or not 0 < self.score < math.inf:
             return {}
-        sharper = evaluated[SHARPNESS] > _OVERSHOOT
-        return {"drift": evaluated[SCORE] / self.score if sharper else 1.0}
+        behind = evaluated[SCORE] / self.score
+        if SHARPNESS not in evaluated:
+            return {"behind": behind}
+        return {"behind": behind, "drift": behind if evaluated[SHARPNESS] > _OVERSHOOT else 1.0}
 
     def state(self) -> dict[str, Any]:
         """What `load` takes, as JSON."""

@@ -176,7 +176,7 @@ CONDITIONS: tuple[Condition, ...] = (
         "the prompt changes nothing in the teacher's answer: see that the unconditional embedding is the encoded empty "
         "prompt, and that conditions reach the teacher",
         low=1e-4,
-        after=3,
+        after=10,  # one sample near the data, which says by itself what it is, hardly needs its prompt
         action="stop",
     ),
     Condition(
@@ -202,6 +202,14 @@ CONDITIONS: tuple[Condition, ...] = (
         high=1.1,
         after=3,
         action="finish",
+    ),
+    Condition(
+        "worse",
+        ("behind",),
+        "the distance to the teacher was far smaller earlier: use the best student (OUT/best), and train on with lower "
+        "rates, --schedule cosine, or --patience",
+        high=1.5,
+        after=3,
     ),
 )
 """In the order of the table."""

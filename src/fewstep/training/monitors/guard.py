@@ -65,9 +65,16 @@ class Guard:
     def begin(self, iteration: int, told: Mapping[str, Any]) -> bool:
         """Goes on from the checkpoint of `iteration`, whose memory is `told`; whether there is more to do."""
         if told:
-            self._watch.load(told["watch"])
-            self._best.load(told["best"])
-            self._roll_backs = int(told["roll_backs"])
+            try:
+                self._watch.load(told["watch"])
+                self._best.load(told["best"])
+                self._roll_backs = int(told["roll_backs"])
+            except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                raise FewstepError(
+                    f"found a checkpoint of iteration {iteration} in {self._out} whose state.json tells nothing that "
+                    f"monitors can go on from ({type(error).__name__}: {error}), expected what a run writes, fix: move "
+                    "this checkpoint away, so that the one before is used"
+                ) from error
             for trainee in self._state.trainees:
                 trainee.slowed = SLOWER**self._roll_backs
         if self._group.leads:
@@ -99,7 +106,7 @@ class Guard:
         self._improved = self._best.improves(iteration, evaluated)
         if not self._watches or not evaluated or not self._group.leads:
             return []
-        return self._watch.look(iteration, {**evaluated, **self._best.drift(evaluated)})
+        return self._watch.look(iteration, {**evaluated, **self._best.behind(evaluated)})
 
     def decide(self, alarms: Sequence[Alarm]) -> Decision:
         """What all processes do now; every process calls this."""

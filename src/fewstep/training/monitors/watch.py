@@ -9,9 +9,10 @@ from typing import Any
 
 from fewstep.training.monitors.conditions import CONDITIONS, Action, Condition
 
-_DECAY = 0.97  # of the running level, a geometric mean
+_DECAY = 0.97  # of the running level, a geometric mean, and of the scatter about it
+_SCATTER = math.log(10) / 3  # of a number's logarithm; where it is larger, distances are taken in units of it
 _SHOWN = ("metric/", "logit_gap")  # beside levels; others are in the log as they are
-_LEAP = math.log(2)  # by no more does one observation lift the level, so that an explosion does not become usual
+_LEAP = math.log(2)  # by hardly more does one observation lift the level, so that an explosion does not become usual
 _QUIET = 100  # iterations for which a condition, once told, is not told again; what is skipped is told each time
 
 
@@ -52,7 +53,7 @@ class Watch:
         self.since: dict[str, int] = {}
         self.quiet: dict[str, int] = {}
         self.levels: dict[str, list[float]] = {}
-        """Number -> [observations, mean logarithm]."""
+        """Number -> [observations, mean logarithm, variance of the logarithm]."""
 
     def look(self, iteration: int, numbers: Mapping[str, float]) -> list[Alarm]:
         """The conditions that are met now and were not told lately."""
@@ -91,8 +92,11 @@ class Watch:
         return {name: dict(getattr(self, name)) for name in ("streaks", "since", "quiet", "levels")}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, dict(value))
+        self.streaks, self.since, self.quiet = (
+            {name: int(value) for name, value in state[each].items()} for each in ("streaks", "since", "quiet")
+        )
+        levels = {name: [*map(float, level), 0.0][:3] for name, level in state["levels"].items()}
+        self.levels = {name: [int(count), *more] for name, (count, *more) in levels.items()}  # no scatter before
 
     def _met(self, condition: Condition, name: str, value: float, iteration: int) -> bool:
         """Counts; whether the condition is to be told."""
@@ -115,23 +119,31 @@ class Watch:
         )
 
     def _compared(self, condition: Condition, name: str, value: float) -> float | None:
-        """The number, or its ratio to its running level; None before there is one, and for what is not finite."""
+        """The number, or its ratio to its running level; None before there is one, and for what is not finite.
+
+        Of a number that scatters widely by itself, as losses of one or two samples do, 10 times the level is 3 standard
+        deviations of its logarithm.
+        """
         if not math.isfinite(value):
             return None  # which the condition not-finite tells
         if not condition.settles:
             return value
-        count, level = self.levels.get(name, (0, 0.0))
-        return abs(value) / math.exp(level) if count >= condition.settles else None
+        count, level, variance = self.levels.get(name, [0, 0.0, 0.0])
+        if count < condition.settles or value == 0:
+            return None if value else 0.0
+        return math.exp((math.log(abs(value)) - level) * min(1.0, _SCATTER / max(_SCATTER, math.sqrt(variance))))
 
     def _learn(self, condition: Condition, name: str, value: float) -> None:
         if not math.isfinite(value) or value == 0:
             return
-        count, level = self.levels.get(name, (0, 0.0))
-        new = math.log(abs(value))
+        count, level, variance = self.levels.get(name, [0, 0.0, 0.0])
+        further = wider = math.log(abs(value)) - level
         if count >= condition.settles:
-            new = min(new, level + _LEAP)
+            scatter = math.sqrt(variance)
+            further, wider = min(further, max(_LEAP, 2 * scatter)), min(further, max(_LEAP, scatter))
         keep = min(_DECAY, count / (count + 1))
-        self.levels[name] = [count + 1, keep * level + (1 - keep) * new]
+        variance = keep * (variance + (1 - keep) * wider**2)
+        self.levels[name] = [count + 1, level + (1 - keep) * further, variance]
 
 
 def derived(numbers: Mapping[str, float]) -> dict[str, float]:
