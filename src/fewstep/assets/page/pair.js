@@ -15,9 +15,12 @@ function drawPair() {
   pair.row = Math.min(Math.max(pair.row, 0), told.prompts.length - 1);
   get("prompt").value = pair.row + 1;
   get("pair-text").replaceChildren(told.prompts[pair.row], make("small", {}, ` seed ${told.seeds[pair.row]}`));
+  const images = layers.map((layer) => layer.querySelector("img"));
+  images.forEach((image) => image.removeAttribute("src")); // films that are told anew begin together
+  pair.shown = (pair.shown ?? 0) + 1;
   ["left", "right"].forEach((id, side) => {
     const column = Number(get(id).value);
-    showPicture(layers[side].querySelector("img"), pair.row, column, `${id}: ${names[column]}`);
+    showPicture(images[side], pair.row, column, `${id}: ${names[column]}`, pair.shown);
     layers[side].querySelector("b").textContent = names[column];
   });
   const { width, height } = told.candidates[Number(get("left").value)];
