@@ -73,7 +73,9 @@ def train(name: str, args: argparse.Namespace) -> tuple[Student, dict[str, float
     teacher = load_teacher(args.teacher, device=choose_device(args.device), num_frames=args.frames)
     start = time.perf_counter()
     folder = args.out / name.replace(" ", "-")
-    student = distill(teacher, options, out=folder, roles=roles, train_options=told, resume=(folder / "run.json").exists())
+    student = distill(
+        teacher, options, out=folder, roles=roles, train_options=told, resume=(folder / "run.json").exists()
+    )
     cost = options.build().forwards() * args.batch * iterations / 1e6
     return student, {"forwards": cost, "train_seconds": time.perf_counter() - start, "iterations": iterations}
 
@@ -158,7 +160,9 @@ def begin(names: list[str], args: argparse.Namespace) -> None:
     told = json.loads(kept.read_text())
     if told["settings"] != settings:
         changed = sorted(name for name in settings if settings[name] != told["settings"].get(name))
-        raise SystemExit(f"found {args.out} made with other {', '.join(changed)}, expected the same, fix: another --out")
+        raise SystemExit(
+            f"found {args.out} made with other {', '.join(changed)}, expected the same, fix: another --out"
+        )
     for name in names:
         if not file(args.out, name).is_file() and time.monotonic() < end:
             print(f"=== {name}", flush=True)

@@ -258,11 +258,6 @@ def distill(
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = teacher.backbone
     check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
-    if needs.causal and roles.shard:
-        raise FewstepError(
-            "found a causal student for a sharded run, expected whole weights in every process, as spread ones are "
-            "not supported for it, fix: leave --shard off"
-        )
     texts = training_prompts(backbone, prompts)
     own = {"real": real, "pairs": pairs, "hooks": hooks, "start": start, "reward": reward, "held_out": held_out}
     given = [name for name, value in own.items() if value is not None]
@@ -319,7 +314,7 @@ def distill(
         causal=needs.causal,
         seed=train_options.seed,
     )
-    if start is not None:
+    if start is not None and not roles.shard:
         begin_with(seats, start)
     if hooks is None:
         hooks = usual_hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0, unseen)
@@ -346,6 +341,8 @@ def distill(
             refuse_run(Path(out))  # rather than after all prompts are encoded
         if roles.shard:
             shard(seats, train_options.precision)
+            if start is not None:
+                begin_with(seats, start)  # now, as the weights that are left on disk until then are the teacher's
         told = {"train": asdict(train_options), **configuration}
         try:
             with encoding.ready(group), origin:

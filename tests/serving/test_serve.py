@@ -22,7 +22,6 @@ from fewstep.cli import main
 from fewstep.errors import FewstepError
 from fewstep.evaluation.pictures import to_pil
 from fewstep.methods import TDMOptions, preset
-from fewstep.models.student import Student
 from fewstep.serving.limits import Limits
 from fewstep.serving.served import served
 from fewstep.serving.server import KEY_VARIABLE, bind, is_loopback, read_key
