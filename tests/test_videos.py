@@ -20,6 +20,7 @@ from fewstep.models import seeded_noise
 
 QUICK = ["--iterations", "2", "--batch", "2", "--warmup", "0", "--no-tensorboard"]
 FRAMES = 9
+WAN = ["--height", "16", "--width", "32", "--num-frames", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +116,7 @@ def test_the_shipped_name_says_how_to_train_it() -> None:
     ("family", "method", "more", "fps"),
     [
         ("cogvideox", "tdm", [], 8),
-        (
-            "wan",
-            "dmd2",
-            ["--gan-weight", "0", "--eta", "1", "--height", "16", "--width", "32", "--num-frames", "5"],
-            16,
-        ),
+        ("wan", "dmd2", [*WAN, "--gan-weight", "0", "--eta", "1"], 16),
     ],
 )
 def test_from_the_command_to_plain_diffusers(

@@ -29,7 +29,7 @@ class Evaluate(StudyOptions):
     """
 
     student: str = EMOJI
-    """A student's folder; or a teacher: `emoji`, a pipeline folder or a Hub id."""
+    """A student's folder; or a teacher: `emoji`, `films`, a pipeline folder or a Hub id."""
     teacher: str = ""
     """What to compare with, likewise; the one the student was made from unless told."""
     steps: tuple[int, ...] = ()

@@ -29,7 +29,7 @@ class PlanOptions:
     """The machines, and what is known about them. All other options are those of `fewstep distill`."""
 
     teacher: str = EMOJI
-    """`emoji` (embedded), a diffusers pipeline folder, or a Hub id. Only configs are read."""
+    """`emoji` or `films` (embedded), a diffusers pipeline folder, or a Hub id. Only configs are read."""
     gpus: int = 1
     """GPUs that train together, 1 or more."""
     memory: str = "80GB"

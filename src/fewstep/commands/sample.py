@@ -20,7 +20,7 @@ class Sample:
     """Draw pictures or videos: one file, a grid of them for several prompts, or a folder of files."""
 
     student: str = EMOJI
-    """A student's folder; or a teacher: `emoji`, a pipeline folder or a Hub id."""
+    """A student's folder; or a teacher: `emoji`, `films`, a pipeline folder or a Hub id."""
     prompt: tuple[str, ...] = ()
     """One or several prompts."""
     prompts: str | None = None
