@@ -89,7 +89,13 @@ def data_block(candidates: Sequence[Candidate], prompts: Sequence[str], seeds: S
         "prompts": list(prompts),
         "seeds": list(seeds),
         "candidates": [
-            {"name": c.name, "calls": c.calls, "height": c.images[0].shape[-2], "width": c.images[0].shape[-1]}
+            {
+                "name": c.name,
+                "calls": c.calls,
+                "height": c.images[0].shape[-2],
+                "width": c.images[0].shape[-1],
+                "moves": c.images[0].ndim == 4,
+            }
             for c in candidates
         ],
     }

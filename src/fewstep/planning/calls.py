@@ -58,7 +58,7 @@ def calls_of(options: Options, process: Process, rows: int, frames: int = 0) -> 
     if isinstance(options, DecoupledOptions) and options.measures:
         options = replace(options, moment_mean=1.0, moment_variance=1.0)
     method = options.build()
-    shape = (1, frames, *_SHAPE) if method.needs.causal else _SHAPE
+    shape = (1, frames, 2, 2) if method.needs.causal else _SHAPE
     roles = _StandIns(process)
     samples = torch.arange(rows)
     noise = torch.zeros(rows, *shape)

@@ -37,6 +37,14 @@ function pictureUrl(row, column) {
 // begin anew gets an address of its own: a fragment, which changes nothing of the data.
 const wanted = new Map();
 
+let begun = 0;
+
+function beginTogether(images) {
+  if (!told.candidates.some((candidate) => candidate.moves)) return 0;
+  images.forEach((image) => image.removeAttribute("src"));
+  return (begun += 1);
+}
+
 function showPicture(image, row, column, alt, time = 0) {
   const { width, height } = told.candidates[column];
   Object.assign(image, { width, height, alt });

@@ -16,11 +16,10 @@ function drawPair() {
   get("prompt").value = pair.row + 1;
   get("pair-text").replaceChildren(told.prompts[pair.row], make("small", {}, ` seed ${told.seeds[pair.row]}`));
   const images = layers.map((layer) => layer.querySelector("img"));
-  images.forEach((image) => image.removeAttribute("src")); // films that are told anew begin together
-  pair.shown = (pair.shown ?? 0) + 1;
+  const time = beginTogether(images);
   ["left", "right"].forEach((id, side) => {
     const column = Number(get(id).value);
-    showPicture(images[side], pair.row, column, `${id}: ${names[column]}`, pair.shown);
+    showPicture(images[side], pair.row, column, `${id}: ${names[column]}`, time);
     layers[side].querySelector("b").textContent = names[column];
   });
   const { width, height } = told.candidates[Number(get("left").value)];
