@@ -57,5 +57,5 @@ def film_features(films: Tensor, reading: Reading) -> Tensor:
     sides = (reading.sides - QUIET) / (LOUD - QUIET)
     opacity = reading.opacity[:, :, None]
     thing = (films.float() * opacity).sum((1, 3, 4)) / opacity.sum((1, 3, 4)).clamp(min=1e-6) / 255
-    alone = (motion_amplitude(reading) / 2, sides.mean(1), sides.std(1), reading.fit.mean(1))
+    alone = (motion_amplitude(reading) / 2, sides.mean(1), sides.std(1), reading.fit.clamp(min=0).mean(1))
     return torch.cat([places, torch.stack(alone, 1), reading.colours.mean(1) / 255, thing], 1)
