@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import tiny_flows
 import torch
-from fuzzing import cases, outcome  # type: ignore[import-not-found]
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tests.fuzz.fuzzing import cases, outcome
 
 import fewstep
 from fewstep.attention import Layout
