@@ -44,7 +44,7 @@ def make(folder: Path, count: int, side: int) -> Path:
 
 
 def measure(page: Path, chromium: str) -> list[str]:
-    """Seconds to the first paint, first pictures, whole file; of a page of many prompts, to another leaf and a search."""
+    """Seconds to first paint, first pictures, whole file; with many prompts also milliseconds of a leaf, a search."""
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
