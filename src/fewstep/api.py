@@ -16,14 +16,14 @@ from fewstep.conditions import CACHE_FOLDER, Encoding, TextOptions
 from fewstep.data.pairs import TeacherPairs
 from fewstep.data.prompts import PromptData
 from fewstep.data.sources import Prompts
-from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.embedded.names import EMOJI, FILMS, name_of, named
 from fewstep.errors import FewstepError
 from fewstep.evaluation.held_out import PROMPTS
 from fewstep.live import usual_hooks
 from fewstep.material import (
     at_first_size,
     fingerprint,
-    own_scenes,
+    own_data,
     size_list,
     training_prompts,
     trajectories,
@@ -42,7 +42,7 @@ from fewstep.models.schedulers import choose_scheduler
 from fewstep.models.sharding import collected, shard
 from fewstep.models.student import Student, load_student
 from fewstep.models.teacher import Teacher
-from fewstep.provenance import EMOJI, OWN, recorded
+from fewstep.provenance import OWN, recorded
 from fewstep.training.folder import refuse_run, room
 from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.monitors.best import FOLDER as BEST_FOLDER
@@ -61,6 +61,7 @@ MEMORY_ONLY = ("checkpointing", "compile", "shard")
 
 __all__ = [
     "EMOJI",
+    "FILMS",
     "RoleOptions",
     "TextOptions",
     "cache_prompts",
@@ -136,7 +137,7 @@ def load_teacher(
     defer: bool = False,
     quantised: Literal["int8", "nf4"] | None = None,
 ) -> Teacher:
-    """A teacher: "emoji" (embedded, no download), a diffusers pipeline folder, or a Hub id.
+    """A teacher: "emoji" or "films" (embedded, no download), a diffusers pipeline folder, or a Hub id.
 
     Args:
         source: what to load.
@@ -152,7 +153,7 @@ def load_teacher(
     Raises:
         FewstepError: nothing usable there, or a size it cannot make; says what was found and what to do.
     """
-    folder = shipped(TEACHER_FOLDER) if str(source) == EMOJI else source
+    folder = named(source)
     sides = {"height": height, "width": width, "num_frames": num_frames}
     size = {name: value for name, value in sides.items() if value is not None}
     return Teacher(load_backbone(folder, dtype=dtype, device=device, size=size, defer=defer, quantised=quantised))
@@ -178,8 +179,8 @@ def defaults(
 
 def _recipe(teacher: Teacher | str | Path, method: str, roles: str | None) -> dict[str, Setting]:
     """The settings of the teacher's family, less those for another kind of roles; none for the embedded teacher."""
-    source = teacher.backbone.source if isinstance(teacher, Teacher) else str(teacher)
-    if source == EMOJI or Path(source) == shipped(TEACHER_FOLDER):
+    source = teacher.backbone.source if isinstance(teacher, Teacher) else str(named(teacher))
+    if name_of(source) == EMOJI:
         return {}
     kind = type(teacher.backbone) if isinstance(teacher, Teacher) else adapter_of(source)
     settings = kind.recipe.settings(method)
@@ -213,10 +214,10 @@ def distill(
         method: a name of `fewstep methods`, then with the recipe of the teacher's family (`defaults`), or its options
             with some replaced (`dataclasses.replace(preset("tdm"), steps=2)`).
         out: run folder: log, checkpoints, student. Refused if it holds another run.
-        prompts: texts to train on, or what `fewstep.data.sources.read_prompts` reads; for the embedded teacher its own
-            captions unless told.
+        prompts: texts to train on, or what `fewstep.data.sources.read_prompts` reads; for the embedded teachers their
+            own captions unless told.
         real: clean data for methods with a discriminator, such as `fewstep.data.real.RealImages`; for the embedded
-            teacher its own scenes unless told.
+            teachers their own scenes or films unless told.
         pairs: noise with the teacher's samples, for methods that regress to them; 1024 of
             `fewstep.data.pairs.TeacherPairs` (causal-init: `TeacherTrajectories`) unless told.
         reward: of the student's samples, for methods that weigh by one; the method's own unless told.
@@ -225,7 +226,7 @@ def distill(
         roles: how networks share weights; as the family's recipe unless told.
         train_options: iterations, rates, batch and the like; as the family's recipe unless told.
         text: how prompts are encoded: unless told, once, to a cache beside `out`, and the text encoders are out of
-            memory during training (for the embedded teacher they stay; see `TextOptions`). They are loaded again
+            memory during training (for the embedded teachers they stay; see `TextOptions`). They are loaded again
             afterwards, and then wait on the CPU while they are not used.
         sizes: several sizes to train on, such as ["1024x1024", "832x1216"] (width x height, of videos x frames); each
             iteration has one of them, and the student is saved at the first (docs/prompts.md). Not for methods with
@@ -257,12 +258,7 @@ def distill(
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = teacher.backbone
     check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
-    if needs.causal and roles.shard:
-        raise FewstepError(
-            "found a causal student for a sharded run, expected whole weights in every process, as spread ones are "
-            "not supported for it, fix: leave --shard off"
-        )
-    texts = training_prompts(backbone.source, prompts)
+    texts = training_prompts(backbone, prompts)
     own = {"real": real, "pairs": pairs, "hooks": hooks, "start": start, "reward": reward, "held_out": held_out}
     given = [name for name, value in own.items() if value is not None]
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
@@ -284,13 +280,13 @@ def distill(
             )  # fmt: skip
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
-        real = own_scenes(backbone, recipe.name, train_options.seed)
+        real = own_data(backbone, recipe.name, train_options.seed)
     if held_out is not None and (hooks is not None or not train_options.evaluate_every):
         raise FewstepError(
             "found held_out, which nothing reads here, expected evaluations that are ours (evaluate_every above 0, and "
             "no hooks of your own), fix: ask for them, or leave it out"
         )
-    unseen = None if held_out is None else list(training_prompts(backbone.source, held_out)[:PROMPTS])
+    unseen = None if held_out is None else list(training_prompts(backbone, held_out)[:PROMPTS])
     encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks or pairs))
     if unseen is not None:
         encoding = replace(encoding, texts=[*encoding.texts, unseen])
@@ -318,7 +314,7 @@ def distill(
         causal=needs.causal,
         seed=train_options.seed,
     )
-    if start is not None:
+    if start is not None and not roles.shard:
         begin_with(seats, start)
     if hooks is None:
         hooks = usual_hooks(seats, options, texts, Path(out), train_options.evaluate_every > 0, unseen)
@@ -345,6 +341,8 @@ def distill(
             refuse_run(Path(out))  # rather than after all prompts are encoded
         if roles.shard:
             shard(seats, train_options.precision)
+            if start is not None:
+                begin_with(seats, start)  # now, as the weights that are left on disk until then are the teacher's
         told = {"train": asdict(train_options), **configuration}
         try:
             with encoding.ready(group), origin:
@@ -430,7 +428,7 @@ def cache_prompts(
     """
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=True)
     backbone = teacher.backbone
-    texts = training_prompts(backbone.source, prompts)
+    texts = training_prompts(backbone, prompts)
     told = TextOptions(text_encoder="cache", cache=Path(cache), cache_dtype=dtype)
     encoding = Encoding.of(backbone, told, Path(cache), texts, None, own=False)
     with process_group(backbone.device) as group:

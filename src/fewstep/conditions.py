@@ -12,7 +12,7 @@ import torch
 
 from fewstep.caching import make_cache, weights_digest
 from fewstep.data.real import RealImages
-from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.embedded.names import EMOJI, name_of
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone
 from fewstep.models.text_encoders import encoder_kinds, freed, load_encoders, offload, text_encoders
@@ -31,11 +31,11 @@ class TextOptions:
     text_encoder: Literal["auto", "cache", "offload", "keep"] = "auto"
     """`cache`: every prompt is encoded once, to disk, and the encoders are out of memory during training; `offload`:
     encoded when needed, by encoders that wait on the CPU; `keep`: likewise, on the device; `auto`: cache, but keep for
-    the embedded teacher, and offload where hooks or data of your own may ask for other prompts."""
+    the embedded teachers, and offload where hooks or data of your own may ask for other prompts."""
     cache: Path | None = None
     """Folder of caches, each in a folder named by its key; `cache` beside --out unless told."""
     cache_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of cached embeddings; `auto`: bfloat16, float32 for the embedded teacher. float32 is lossless."""
+    """Of cached embeddings; `auto`: bfloat16, float32 for the embedded teachers. float32 is lossless."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Encoding:
             FewstepError: real data whose texts are not known, with a cache.
         """
         options = options or TextOptions()
-        embedded = Path(backbone.source) == shipped(TEACHER_FOLDER)
+        embedded = backbone.makes_films or name_of(backbone.source) == EMOJI
         mode = options.text_encoder
         if mode == "auto":
             own = own or not isinstance(real, RealImages | None)
@@ -83,7 +83,7 @@ class Encoding:
         usual = "float32" if embedded else "bfloat16"
         dtype = usual if options.cache_dtype == "auto" else options.cache_dtype
         folder = options.cache or out.absolute().parent / CACHE_FOLDER
-        return cls(backbone, mode, _DTYPES[dtype], folder, asked + _looked_at(embedded))
+        return cls(backbone, mode, _DTYPES[dtype], folder, asked + _looked_at(backbone))
 
     @property
     def lossy(self) -> dict[str, str]:
@@ -124,9 +124,13 @@ def _refuse_changed(backbone: Backbone) -> None:
             )
 
 
-def _looked_at(embedded: bool) -> list[Sequence[str]]:
+def _looked_at(backbone: Backbone) -> list[Sequence[str]]:
     """Prompts that `live.usual_hooks` samples and scores beside those that are trained on."""
-    if not embedded:
+    if backbone.makes_films:
+        from fewstep.evaluation.film_run import held_out_films
+
+        return [held_out_films(16, seed=1), held_out_films(16)]
+    if name_of(backbone.source) != EMOJI:
         return []
     from fewstep.evaluation.compare import default_prompts
     from fewstep.evaluation.scenes import evaluation_captions

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.attention import Layout
 from fewstep.core.tensors import Condition
-from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.embedded.names import EMOJI, name_of
 from fewstep.evaluation.held_out import PROMPTS, HeldOut
 from fewstep.methods import Options
 from fewstep.methods.self_forcing import layout_of
@@ -79,14 +79,17 @@ def usual_hooks(
 ) -> Hooks:
     """Sample grids, and scores if they are wanted: against the teacher, and the judge's if it knows the data."""
     from fewstep.evaluation.compare import default_prompts
+    from fewstep.evaluation.film_run import held_out_films
     from fewstep.evaluation.pictures import save_pictures
     from fewstep.evaluation.scenes import evaluation_captions
 
     layout = layout_of(options)
     student = LiveStudent(seats, options) if layout is None else LiveCausalStudent(seats, options, layout)
-    embedded = Path(student.backbone.source) == shipped(TEACHER_FOLDER)
+    embedded, films = name_of(student.backbone.source) == EMOJI, student.backbone.makes_films
     shown = 4 if len(student.backbone.latent_shape) == 4 else 16  # of videos a few
     prompts = default_prompts(shown) if embedded else list(texts[:shown])  # `conditions` knows them
+    if films:
+        prompts = held_out_films(shown, seed=1)
 
     def draw(iteration: int) -> None:
         for count in student.grids:
@@ -95,6 +98,8 @@ def usual_hooks(
                 save_pictures(out / "samples" / f"{iteration:06d}-{count}-steps.png", images)
 
     usual = list(map(str, evaluation_captions(PROMPTS))) if embedded else texts[:PROMPTS]
+    if films:
+        usual = held_out_films(PROMPTS)
     teacher = HeldOut(LiveTeacher(seats).sample, held_out or usual)
 
     def score(iteration: int) -> dict[str, float]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from fewstep.data.film_paths import SIDE
+from fewstep.data.films import film_training_captions
 from fewstep.data.pairs import StateSampler, TeacherTrajectories
 from fewstep.data.prompts import training_captions
-from fewstep.data.real import RealScenes
+from fewstep.data.real import RealFilms, RealScenes
 from fewstep.data.sources import Prompts, read_prompts
-from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.embedded.names import EMOJI, name_of
 from fewstep.errors import FewstepError
 from fewstep.losses.moments import element_moments
 from fewstep.methods import CausalInitOptions, DecoupledOptions, Options
@@ -26,7 +28,12 @@ from fewstep.training.loop import Hooks, RealData
 _MEASURED = 64
 
 
-def training_prompts(source: str, prompts: Sequence[str] | str | Path | None) -> Sequence[str]:
+def training_prompts(backbone: Backbone, prompts: Sequence[str] | str | Path | None) -> Sequence[str]:
+    """`prompts` as texts; those of an embedded teacher's own data where there are none.
+
+    Raises:
+        FewstepError: none for another teacher, or empty ones.
+    """
     if isinstance(prompts, str | Path):
         return read_prompts(prompts)
     if isinstance(prompts, Prompts):  # checked as they were read, and perhaps too many for a list
@@ -36,21 +43,31 @@ def training_prompts(source: str, prompts: Sequence[str] | str | Path | None) ->
         if not texts or not all(texts):
             raise FewstepError("found an empty prompt, or none, expected text, fix: drop empty prompts")
         return texts
-    if Path(source) == shipped(TEACHER_FOLDER):
+    if backbone.makes_films:
+        return film_training_captions()
+    if name_of(backbone.source) == EMOJI:
         return training_captions()
     raise FewstepError(
-        f"found no prompts for the teacher {source}, expected texts of the kind it was trained on, "
+        f"found no prompts for the teacher {backbone.source}, expected texts of the kind it was trained on, "
         "fix: pass a prompts file (one prompt a line) with --prompts, or prompts=[...]"
     )
 
 
-def own_scenes(backbone: Backbone, method: str, seed: int) -> RealData:
-    """The embedded teacher's data.
+def own_data(backbone: Backbone, method: str, seed: int) -> RealData:
+    """An embedded teacher's data: scenes, or films as long as it makes them.
 
     Raises:
-        FewstepError: it is another teacher, whose data we do not have.
+        FewstepError: it is another teacher, whose data we do not have, or at another size.
     """
-    if Path(backbone.source) == shipped(TEACHER_FOLDER):
+    if backbone.makes_films:
+        height, width, frames = (backbone.size[name] for name in ("height", "width", "num_frames"))
+        if (height, width) != (SIDE, SIDE):
+            raise FewstepError(
+                f"found a teacher of films at {width}x{height} for {method}, whose data are {SIDE}x{SIDE}, expected "
+                "that size, fix: leave --width and --height out, or pass real=... in Python"
+            )
+        return RealFilms(backbone, frames, seed)
+    if name_of(backbone.source) == EMOJI:
         return RealScenes(backbone, seed)
     raise FewstepError(
         f"found no real data for {method} with the teacher {backbone.source}, expected some for its discriminator, "

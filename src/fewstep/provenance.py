@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 
-from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.embedded.names import name_of
 from fewstep.methods.base import Options
 from fewstep.models.card import papers
 from fewstep.models.teacher import Teacher
 from fewstep.training.folder import machine, noted
 
-EMOJI = "emoji"
-"""The name of the embedded teacher."""
 ORIGIN, DATA, PAPERS = "origin", "data", "papers"
 """Names in run.json."""
 OWN = "the embedded teacher's own captions"
@@ -50,7 +48,7 @@ def recorded(
     def origin() -> dict[str, Any]:
         return {
             "teacher": {
-                "source": EMOJI if Path(backbone.source) == shipped(TEACHER_FOLDER) else _absolute(backbone.source),
+                "source": name_of(backbone.source) or _absolute(backbone.source),
                 "dtype": _name(getattr(backbone.pipeline, backbone.network_name).dtype),
                 "quantised": backbone.quantised,
                 "size": backbone.told_size,

@@ -26,7 +26,7 @@ from fewstep.data.real import RealScenes
 from fewstep.data.sources import Prompts
 from fewstep.errors import FewstepError
 from fewstep.live import usual_hooks
-from fewstep.material import at_first_size, fingerprint, own_scenes, size_list, training_prompts, with_moments
+from fewstep.material import at_first_size, fingerprint, own_data, size_list, training_prompts, with_moments
 from fewstep.methods.base import Needs, Options
 from fewstep.methods.matching_options import MatchingOptions
 from fewstep.methods.msd import Part, Stage, msd_stages
@@ -82,7 +82,7 @@ def distill_phases(
     needs = options.build().needs
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
-        real = own_scenes(backbone, "phased", train_options.seed)
+        real = own_data(backbone, "phased", train_options.seed)
 
     def turn(phase: int) -> Turn:
         own, folder = replace(options, phase=phase), Path(out) / f"phase-{phase}"
@@ -202,7 +202,11 @@ def distill_part(
     given = [] if real is None else ["real"]
     origin = recorded(loaded, dm, read_from, [], given, roles=roles, text=text or TextOptions(), part=asked)
     if real is None and any(stage.options.build().needs.real_data for stage in stages):
-        own_scenes(backbone, "msd", first.seed)  # refuses teachers whose data we do not have
+        if not isinstance(own_data(backbone, "msd", first.seed), RealScenes):
+            raise FewstepError(
+                "found the teacher of films for a discriminator of MSD, expected real films of this part's captions, "
+                "fix: pass real=... in Python, or set gan_weight to 0"
+            )
         real = ScenesOfPart(backbone, first.seed, router, part - 1)
     stages = tuple(replace(stage, options=with_moments(stage.options, Teacher(backbone), own)) for stage in stages)
     shape = {"depth": depth, "width": width} if smaller else {}
@@ -278,7 +282,7 @@ def _begin(
     for settings in train_options:
         check_sharding(backbone, roles, settings, makes_pairs=False)
     choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)
-    return loaded, training_prompts(backbone.source, prompts)
+    return loaded, training_prompts(backbone, prompts)
 
 
 def _router(backbone: Backbone, texts: Sequence[str], parts: int | Sequence[Sequence[str]], out: Path) -> Router:

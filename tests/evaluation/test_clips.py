@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fewstep.errors import FewstepError
-from fewstep.evaluation.clips import save_samples, side_by_side
+from fewstep.evaluation.clips import save_each, save_samples, side_by_side
 
 VIDEOS = torch.randint(0, 256, (3, 5, 3, 8, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -65,6 +65,29 @@ def test_a_film_has_every_frame(tmp_path: Path) -> None:
     assert frames.shape == (5, 128, 160, 3)
 
 
-def test_other_endings_are_refused(tmp_path: Path) -> None:
+def test_other_endings_and_speeds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FewstepError, match=r"clip\.avi"):
         save_samples(tmp_path / "clip.avi", VIDEOS)
+    with pytest.raises(FewstepError, match=r"clip\.gif for pictures"):
+        save_samples(tmp_path / "clip.gif", VIDEOS[:, 0])
+    for fps in (0, 61):
+        with pytest.raises(FewstepError, match=f"fps = {fps}"):
+            save_samples(tmp_path / "clip.gif", VIDEOS, fps=fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_films_are_exact_as_webp(tmp_path: Path) -> None:
+    """As are their times; the same films are the same bytes."""
+    path = save_samples(tmp_path / "clip.webp", VIDEOS[:1], fps=25)
+    with Image.open(path) as film:
+        for number in range(5):
+            film.seek(number)
+            assert np.array_equal(np.asarray(film.convert("RGB")), VIDEOS[0, number].permute(1, 2, 0))
+            assert film.info["duration"] == 40
+    assert save_samples(tmp_path / "again.webp", VIDEOS[:1], fps=25).read_bytes() == path.read_bytes()
+
+
+def test_a_file_for_each_sample_is_named_by_its_prompt(tmp_path: Path) -> None:
+    folder = save_each(tmp_path / "films", ["A frog, hops!", "/..", "x" * 200], [7, 8, 9], VIDEOS, "gif", 10)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["0000-a-frog-hops-7.gif", "0001-8.gif", f"0002-{'x' * 60}-9.gif"]

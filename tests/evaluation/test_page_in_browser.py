@@ -5,6 +5,7 @@ Needs playwright (of the extra `dev`) and a Chromium on this machine; skipped wi
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fewstep.evaluation.page import Candidate, write_page
 from fewstep.evaluation.preferences import percent, preferences, read_votes
@@ -141,6 +143,29 @@ def test_the_slider_divides_two_candidates_and_zooms(page: Any) -> None:
     boxes = [page.locator(f"#stage .layer:nth-child({n})").bounding_box() for n in (1, 2)]
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     assert not page.locator("#divider").is_visible()
+
+
+def test_films_under_the_slider_begin_together(browser: Any, tmp_path: Path) -> None:
+    """Also where one of them was chosen later: both are decoded anew, and show the same frame."""
+    shades = torch.linspace(0, 250, 40).byte().view(40, 1, 1, 1).expand(1, 40, 3, 16, 16)
+    given = [Candidate(name, shades, 4, 0.1, fps=5) for name in ("a", "b", "c")]
+    told: dict[str, Any] = {"runs": {}, "histograms": {}, "value_labels": {}, "settings": {}, "notes": []}
+    path = write_page(
+        tmp_path / "films.html", title="t", subtitle="s", candidates=given, prompts=["x"], seeds=[0], **told
+    )
+    page = browser.new_page(viewport={"width": 900, "height": 900})
+    page.set_default_timeout(120_000)
+    page.goto(f"{path.as_uri()}#pair")
+    page.wait_for_timeout(1500)
+    page.select_option("#right", "1")
+    sources = page.locator("#stage .layer img").evaluate_all("(images) => images.map((image) => image.src)")
+    assert [source.rpartition("#")[2] for source in sources] == [sources[0].rpartition("#")[2]] * 2
+    assert sources[0].rpartition("#")[2].isdecimal()
+    page.wait_for_timeout(1500)
+    seen = Image.open(io.BytesIO(page.locator("#stage").screenshot())).convert("L")
+    left, right = (seen.getpixel((round(share * seen.width), seen.height // 2)) for share in (0.25, 0.75))
+    assert abs(left - right) <= 13  # at most two of forty shades apart, 0.4 seconds
+    page.close()
 
 
 def test_votes_are_blind_kept_saved_and_counted_alike(page: Any, report: Path, tmp_path: Path) -> None:

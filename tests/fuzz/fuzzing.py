@@ -18,6 +18,8 @@ from fewstep.errors import FewstepError
 CASES = {
     "command lines": 300,
     "requests": 150,
+    "video requests": 120,
+    "streams": 60,
     "options of methods": 450,
     "options of trainer and roles": 150,
     "text files": 300,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 
 from tiny_families import FAMILIES, save  # noqa: E402
 from tiny_pixart import build_pipeline  # noqa: E402

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from measuring import measured  # type: ignore[import-not-found]
 from tiny_pixart import PROMPTS
-from torch.profiler import ProfilerActivity, profile
 
 from fewstep.api import RoleOptions, load_teacher
 from fewstep.commands.plan import main, size_in_bytes
@@ -70,15 +70,13 @@ def test_activations_are_the_allocators(folders, kind: str, checkpointing: bool)
     for parameter in [*roles.student_parameters(), *roles.critic_parameters()]:
         parameter.grad = torch.zeros_like(parameter)
     method, draw = preset("tdm").build(), Streams(0).at(1, torch.arange(ROWS))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+
+    def iteration() -> None:
         path = method.rollout(Batch(condition, torch.arange(ROWS), backbone.latent_shape), roles, draw)
         method.critic_loss(path, roles, draw).values.sum().backward(inputs=roles.critic_parameters())
         method.student_loss(path, roles, draw).values.sum().backward(inputs=roles.student_parameters())
-    alive = most = 0
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
+
+    most = measured(iteration)
     found = plan(blueprint(folders["middle"]), run_of(roles=kind, checkpointing=checkpointing, words=words))
     latents = 4 * ROWS * math.prod(backbone.latent_shape)
     path = (3 * 4 + 1) * latents  # of four calls; counted among "prompts and paths"

@@ -23,13 +23,18 @@ from fewstep.serving.server import bind, make_server  # noqa: E402
 
 @pytest.fixture(scope="module")
 def serve() -> Iterator[Serve]:
-    """serve(draw, key=..., public_url=..., **limits) -> the address of a server that lives as long as the module."""
+    """serve(draw, key=..., public_url=..., frames=..., **limits) -> the address of a server, alive with the module."""
     running: list[tuple[Any, threading.Thread]] = []
 
     def start(
-        make: Callable[..., Any] = draw, *, key: str | None = None, public_url: str | None = None, **limits: Any
+        make: Callable[..., Any] = draw,
+        *,
+        key: str | None = None,
+        public_url: str | None = None,
+        frames: int = 0,
+        **limits: Any,
     ) -> str:
-        model = Served("tiny", (1, 4), *SIZE, batch=16, draw=make)
+        model = Served("tiny", (1, 4), *SIZE, batch=16, draw=make, frames=frames, fps=8)
         server = make_server(build_app(model, Limits(**limits), key=key, public_url=public_url), grace=5)
         bound = bind("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

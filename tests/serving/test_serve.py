@@ -22,7 +22,6 @@ from fewstep.cli import main
 from fewstep.errors import FewstepError
 from fewstep.evaluation.pictures import to_pil
 from fewstep.methods import TDMOptions, preset
-from fewstep.models.student import Student
 from fewstep.serving.limits import Limits
 from fewstep.serving.served import served
 from fewstep.serving.server import KEY_VARIABLE, bind, is_loopback, read_key
@@ -83,17 +82,6 @@ def test_the_command_serves_and_ends_when_all_is_answered(folder: Path) -> None:
         child.communicate()
 
 
-def test_videos_are_refused(folder: Path) -> None:
-    student = fewstep.load_student(folder)
-
-    class Films(type(student.backbone)):  # type: ignore[misc]
-        latent_shape = (4, 3, 8, 8)
-
-    student.backbone.__class__ = Films
-    with pytest.raises(FewstepError, match="student of videos"):
-        served(Student(student.backbone, student.network, student.grids, False, {}), "films")
-
-
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(["serve", *words])
@@ -149,4 +137,6 @@ def test_only_loopback_needs_no_warning() -> None:
 def test_room_for_pictures_is_checked() -> None:
     with pytest.raises(FewstepError, match="keep_megabytes = 1"):
         Limits(keep_megabytes=1).check_room(1024, 1024)
+    with pytest.raises(FewstepError, match="81 frames"):
+        Limits().check_room(832, 480, 81)
     Limits().check_room(1024, 1024)

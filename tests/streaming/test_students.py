@@ -101,12 +101,28 @@ def test_two_stages_and_a_student_that_streams(teacher: Teacher, tmp_path: Path)
     assert first.latents(PROMPTS, [3, 4]).isfinite().all()
 
 
+def test_teacher_and_critic_are_compiled_beside_a_causal_student(teacher: Teacher) -> None:
+    """Theirs are the numbers of plain networks, and the student's blocks stay as they are."""
+    backbone = teacher.backbone
+    x, t, condition = seeded_noise([1, 2], backbone.latent_shape), torch.tensor([0.9, 0.4]), backbone.encode(PROMPTS)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    roles = build_roles(backbone, "copies", causal=True, compile_backend="eager")
+    answers = [role(x, t, condition) for role in (roles.teacher, roles.critic, roles.student)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    torch.testing.assert_close(answers[0], answers[2])
+    torch.testing.assert_close(answers[1], answers[2])
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert roles.causal is not None
+    memory = roles.causal.memory(roles.student, LAYOUT, condition)
+    memory.remember(x[:, :, :1])
+    memory.denoise(x[:, :, 1:2], t).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
 def test_what_is_refused(teacher: Teacher, tmp_path: Path) -> None:
     backbone, options = teacher.backbone, SelfForcingOptions(chunk=1, steps=2)
     with pytest.raises(FewstepError, match="a causal student to be compiled"):
         build_roles(backbone, causal=True, compile_backend="eager")
-    with pytest.raises(FewstepError, match="a causal student for a sharded run"):
-        fewstep.distill(teacher, options, out=tmp_path, prompts=PROMPTS, roles=RoleOptions(shard=True))
     with pytest.raises(FewstepError, match="expected one for reward-forcing alone"):
         fewstep.distill(teacher, options, out=tmp_path, prompts=PROMPTS, reward=lambda video, condition: video)
     roles = build_roles(backbone, rank=2, causal=True)

@@ -19,7 +19,7 @@ class Cache:
     """Encode prompts once, to disk; `fewstep distill` of the same teacher, --base-dtype and prompts then finds them."""
 
     teacher: str = EMOJI
-    """`emoji` (embedded), a diffusers pipeline folder, or a Hub id."""
+    """`emoji` or `films` (embedded), a diffusers pipeline folder, or a Hub id."""
     prompts: str | None = None
     """PATH or PATH:COLUMN, as for `fewstep distill`. The embedded teacher has captions of its own."""
     cache: Path = Path("runs/cache")

@@ -75,6 +75,11 @@ def guidance(model: Teacher | Student, scale: float | None) -> dict[str, Any]:
     return {}
 
 
+def sides_of(model: Teacher | Student) -> dict[str, int]:
+    """The size that a student's teacher has to be loaded at, for samples of the same; none for a teacher."""
+    return {} if isinstance(model, Teacher) else dict(model.card.get("size") or {})
+
+
 def load(source: str, device: torch.device, **sides: int) -> Teacher | Student:
     """A student's folder, a checkpoint of a run, or anything `load_teacher` takes.
 

@@ -12,13 +12,16 @@ import torch
 import tyro
 
 from fewstep.api import LORA_FOLDER, STUDENT_FOLDER
-from fewstep.commands.common import choose_device, load, parse
+from fewstep.commands.common import choose_device, load, parse, sides_of
+from fewstep.data.films import FilmCaption
 from fewstep.data.scenes import Caption
 from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
+from fewstep.evaluation.clips import MOST_FPS
 from fewstep.evaluation.compare import Entry, compare, default_prompts
+from fewstep.evaluation.film_run import film_captions, held_out_films
 from fewstep.evaluation.preferences import preference_table, read_votes
-from fewstep.evaluation.run import of_embedded
+from fewstep.evaluation.run import of_embedded, of_films
 from fewstep.evaluation.scenes import evaluation_captions
 from fewstep.evaluation.study import StudyOptions, Subject
 from fewstep.models.export import CARD
@@ -41,7 +44,7 @@ class Compare:
     """`[NAME=]SOURCE[:STEPS][@GUIDANCE]`; a source is a run, a student's folder, a checkpoint of a run
     (RUN/checkpoints/000500), `emoji`, a pipeline folder or a Hub id; guidance is for teachers."""
     prompts: str | None = None
-    """PATH or PATH:COLUMN (docs/prompts.md); held-out captions of the embedded data set unless told."""
+    """PATH or PATH:COLUMN (docs/prompts.md); held-out captions of the embedded data unless told."""
     count: int | None = None
     """Prompts to show; all of the file, or 12 captions, unless told."""
     seed: int = 0
@@ -49,7 +52,10 @@ class Compare:
     scores: int = 0
     """Prompts per candidate for the figures, 6 or more; 0: none. Captions of their own, or the first of --prompts."""
     spaces: tuple[str, ...] = ("judge",)
-    """Feature spaces of the figures (docs/evaluation.md): judge (embedded scenes only), dinov2, clip, ..."""
+    """Feature spaces of the figures (docs/evaluation.md): judge (embedded scenes only), dinov2, clip, ...; films of
+    the embedded data set have one of their own."""
+    fps: int | None = None
+    """Frames a second of videos, 1 to 60; unless told, those that the teacher's family is made for."""
     rate: tuple[str, ...] = ()
     """Scores of single pictures, as --scores of `fewstep evaluate`: clip, pickscore, aesthetic=FOLDER."""
     log: tuple[Path, ...] = ()
@@ -74,9 +80,10 @@ def main(arguments: list[str]) -> None:
         return preference_table(votes)
     _check(args)
     entries = read_entries(args.candidates, choose_device(args.device))
-    embedded = all(of_embedded(entry.subject.model) for entry in entries)
-    prompts, scored = _prompts(args, embedded)
-    options = StudyOptions(spaces=args.spaces, scores=args.rate, samples=args.samples)
+    films = all(of_films(entry.subject.model) for entry in entries)
+    prompts, scored = _prompts(args, all(of_embedded(entry.subject.model) for entry in entries), films)
+    spaces = () if films and args.spaces == StudyOptions.spaces else args.spaces  # films have one of their own
+    options = StudyOptions(spaces=spaces, scores=args.rate, samples=args.samples)
     written = compare(
         entries,
         prompts,
@@ -90,6 +97,7 @@ def main(arguments: list[str]) -> None:
         settings={name: value for name, value in asdict(args).items() if name not in ("candidates", "votes")},
         command=" ".join(["fewstep compare", *arguments]),
         megabytes=args.megabytes,
+        fps=args.fps,
     )
     for path in written or ():
         print(path)
@@ -98,19 +106,26 @@ def main(arguments: list[str]) -> None:
 
 def _check(args: Compare) -> None:
     """Refuses numbers out of range, before any model is loaded."""
+    if args.fps is not None and not 1 <= args.fps <= MOST_FPS:
+        raise FewstepError(f"found fps = {args.fps}, expected 1 to {MOST_FPS} frames a second, fix: change --fps")
     for name, least in (("count", 1), ("scores", 0), ("seed", 0), ("megabytes", 1)):
         found = getattr(args, name)
         if found is not None and found < least:
             raise FewstepError(f"found {name} = {found}, expected {least} or more, fix: change --{name}")
 
 
-def _prompts(args: Compare, embedded: bool) -> tuple[list[str], list[Caption] | list[str]]:
+def _prompts(
+    args: Compare, embedded: bool, films: bool
+) -> tuple[list[str], list[Caption] | list[FilmCaption] | list[str]]:
     """Prompts to show, and prompts to score."""
+    if args.prompts is None and films:
+        return held_out_films(args.count or SHOWN, seed=1), film_captions(args.scores)
     if args.prompts is None:
         return default_prompts(args.count or SHOWN), evaluation_captions(args.scores)
     texts = list(islice(read_prompts(args.prompts), max(args.count, args.scores) if args.count else None))
-    scored = evaluation_captions(args.scores) if embedded else texts[: args.scores]
-    return texts[: args.count], scored
+    if films:
+        return texts[: args.count], film_captions(args.scores)
+    return texts[: args.count], evaluation_captions(args.scores) if embedded else texts[: args.scores]
 
 
 def read_entries(candidates: tuple[str, ...], device: torch.device) -> list[Entry]:
@@ -167,7 +182,7 @@ def _teacher(entries: list[Entry]) -> Subject:
         if isinstance(entry.subject.model, Teacher):
             return entry.subject
     first: Any = entries[0].subject.model
-    model = load(first.card["teacher"], first.backbone.device)
+    model = load(first.card["teacher"], first.backbone.device, **sides_of(first))
     return Subject(model, model.backbone.source)
 
 

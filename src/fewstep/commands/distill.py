@@ -26,7 +26,7 @@ class RunOptions:
     """Where a run reads and writes."""
 
     teacher: str = EMOJI
-    """`emoji` (embedded), a diffusers pipeline folder, or a Hub id."""
+    """`emoji` or `films` (embedded), a diffusers pipeline folder, or a Hub id."""
     out: Path = Path("runs/student")
     """Run folder: log, checkpoints, student. Refused if it holds another run."""
     prompts: str | None = None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from fewstep.api import EMOJI
-from fewstep.commands.common import choose_device, guidance, load, parse
+from fewstep.commands.common import choose_device, guidance, load, parse, sides_of
 from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
+from fewstep.evaluation.film_run import film_captions
 from fewstep.evaluation.pictures import replace_file
-from fewstep.evaluation.run import of_embedded
+from fewstep.evaluation.run import of_embedded, of_films
 from fewstep.evaluation.scenes import evaluation_captions
 from fewstep.evaluation.study import Result, StudyOptions, Subject, study
 from fewstep.evaluation.table import quality_curve, quality_table
@@ -28,7 +29,7 @@ class Evaluate(StudyOptions):
     """
 
     student: str = EMOJI
-    """A student's folder; or a teacher: `emoji`, a pipeline folder or a Hub id."""
+    """A student's folder; or a teacher: `emoji`, `films`, a pipeline folder or a Hub id."""
     teacher: str = ""
     """What to compare with, likewise; the one the student was made from unless told."""
     steps: tuple[int, ...] = ()
@@ -36,7 +37,7 @@ class Evaluate(StudyOptions):
     guidance_scale: float | None = None
     """For a teacher in the place of the student only: 1 means none."""
     prompts: str | None = None
-    """PATH or PATH:COLUMN (docs/prompts.md); held-out captions where the teacher is the embedded one."""
+    """PATH or PATH:COLUMN (docs/prompts.md); held-out captions where the teacher is an embedded one."""
     count: int = 256
     """Prompts, 6 or more; compare only figures of equal count."""
     out: Path | None = None
@@ -52,14 +53,18 @@ def main(arguments: list[str]) -> None:
     device = choose_device(args.device)
     model = load(args.student, device)
     guidance(model, args.guidance_scale)
-    embedded = of_embedded(model)
-    if args.prompts is None and not embedded:
+    own = args.prompts is None
+    if own and not of_embedded(model) and not of_films(model):
         raise FewstepError(
-            f"found no prompts for {args.student}, expected some, since only the embedded teacher has captions of its "
-            "own, fix: pass --prompts FILE"
+            f"found no prompts for {args.student}, expected some, since only the embedded teachers have captions of "
+            "their own, fix: pass --prompts FILE"
         )
-    captions = evaluation_captions(args.count) if args.prompts is None else None
-    prompts = [str(c) for c in captions] if captions else list(islice(read_prompts(args.prompts or ""), args.count))
+    captions = evaluation_captions(args.count) if own and of_embedded(model) else None
+    films = film_captions(args.count) if own and of_films(model) else None
+    if films and args.spaces == StudyOptions.spaces:
+        args = replace(args, spaces=())  # films have one of their own
+    told = captions or films
+    prompts = [str(c) for c in told] if told else list(islice(read_prompts(args.prompts or ""), args.count))
     if isinstance(model, Teacher):
         subject = Subject(model, model.backbone.source)
         steps = args.steps or (model.steps,)
@@ -69,9 +74,9 @@ def main(arguments: list[str]) -> None:
     source = args.teacher or (args.student if isinstance(model, Teacher) else model.card["teacher"])
     teacher: Subject | None = subject
     if source != args.student:
-        teacher = Subject(load(source, device), source) if args.needs_teacher else None
+        teacher = Subject(load(source, device, **sides_of(model)), source) if args.needs_teacher else None
     results = study(
-        subject, teacher, prompts, steps, args, captions=captions,
+        subject, teacher, prompts, steps, args, captions=captions, films=films,
         guidance_scale=args.guidance_scale,
     )  # fmt: skip
     if results is None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fewstep.api import EMOJI, defaults
 from fewstep.commands.common import parse
 from fewstep.commands.distill import SizeOptions, _given
-from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.embedded.names import named
 from fewstep.errors import FewstepError
 from fewstep.planning.advice import Change, advise
 from fewstep.planning.build import blueprint
@@ -29,7 +29,7 @@ class PlanOptions:
     """The machines, and what is known about them. All other options are those of `fewstep distill`."""
 
     teacher: str = EMOJI
-    """`emoji` (embedded), a diffusers pipeline folder, or a Hub id. Only configs are read."""
+    """`emoji` or `films` (embedded), a diffusers pipeline folder, or a Hub id. Only configs are read."""
     gpus: int = 1
     """GPUs that train together, 1 or more."""
     memory: str = "80GB"
@@ -67,12 +67,11 @@ def main(arguments: list[str]) -> None:
     args = parse(kind, f"plan {method}", arguments)
     told = args.told
     room = size_in_bytes(told.memory) - size_in_bytes(told.reserve)
-    source = str(shipped(TEACHER_FOLDER)) if told.teacher == EMOJI else told.teacher
     size = asdict(args.size)
     if sizes := size.pop("sizes"):
         raise FewstepError(f"found --sizes {sizes}, expected one, fix: plan the largest with --width and --height")
     size = {name: value for name, value in size.items() if value is not None}
-    print_ = blueprint(source, size=size)
+    print_ = blueprint(named(told.teacher), size=size)
     run = Run(
         args.method, args.roles, args.train, told.base_dtype, told.gpus, args.roles.shard, told.text_encoder, told.words
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fewstep.api import EMOJI
 from fewstep.commands.common import choose_device, guidance, load, parse
@@ -16,10 +17,10 @@ MOST = 10_000
 
 @dataclass(kw_only=True)
 class Sample:
-    """Draw pictures or videos: one file for one prompt, a grid for several."""
+    """Draw pictures or videos: one file, a grid of them for several prompts, or a folder of files."""
 
     student: str = EMOJI
-    """A student's folder; or a teacher: `emoji`, a pipeline folder or a Hub id."""
+    """A student's folder; or a teacher: `emoji`, `films`, a pipeline folder or a Hub id."""
     prompt: tuple[str, ...] = ()
     """One or several prompts."""
     prompts: str | None = None
@@ -39,26 +40,32 @@ class Sample:
     count: int = 1
     """Pictures per prompt."""
     out: Path = Path("sample.png")
-    """File to write: .png; of videos also .gif, .webp, or .mp4 (needs the extra `video`); .png is a contact sheet."""
+    """File to write: .png; of videos also .gif, .webp, or .mp4 (needs the extra `video`); .png is a contact sheet.
+    A name without an ending is a folder, which gets a file for each sample."""
+    form: Literal["png", "gif", "webp", "mp4"] | None = None
+    """Of the files in a folder; unless told, png for pictures and webp for videos."""
     columns: int = 8
     """Pictures, or videos, in a row of the grid; frames in a row of a contact sheet."""
-    fps: int = 16
-    """Frames a second of videos, 1 or more."""
+    fps: int | None = None
+    """Frames a second of videos, 1 to 60; unless told, those that the teacher's family is made for."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
 
 
 def main(arguments: list[str]) -> None:
     """Parse, sample, write the picture."""
-    from fewstep.evaluation.clips import save_samples
+    from fewstep.evaluation.clips import check_file, save_each, save_samples
 
     args = parse(Sample, "sample", arguments)
     texts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not texts or not all(text.strip() for text in texts):
         raise FewstepError('found no prompt or an empty one, expected text, fix: pass --prompt "..." or --prompts FILE')
-    if min(args.count, args.columns, args.fps) < 1:
+    if min(args.count, args.columns) < 1:
+        raise FewstepError(f"found count {args.count}, columns {args.columns}, expected 1 or more, fix: change them")
+    if args.form is not None and args.out.suffix:
         raise FewstepError(
-            f"found count {args.count}, columns {args.columns}, fps {args.fps}, expected 1 or more, fix: change them"
+            f"found --form {args.form} beside the file {args.out.name}, expected it with a folder (a name without an "
+            "ending), fix: leave it out, and let the file's name end as it should be"
         )
     if len(texts) * args.count > MOST:
         raise FewstepError(
@@ -68,5 +75,15 @@ def main(arguments: list[str]) -> None:
     sides = {name: getattr(args, name) for name in ("height", "width", "num_frames") if getattr(args, name)}
     model = load(args.student, choose_device(args.device), **sides)
     more = guidance(model, args.guidance_scale)
-    images = model.sample(texts, list(range(args.seed, args.seed + len(texts))), args.steps, **more)
-    print(save_samples(args.out, images, args.columns, args.fps))
+    is_video = model.backbone.output_name == "frames"
+    form = args.form or ("webp" if is_video else "png")
+    fps = model.backbone.frame_rate if args.fps is None else args.fps
+    if args.fps is not None and not is_video:
+        raise FewstepError(f"found fps = {args.fps} for a model of pictures, expected none, fix: leave it out")
+    check_file(args.out if args.out.suffix else args.out / f"0000.{form}", is_video, fps)
+    seeds = list(range(args.seed, args.seed + len(texts)))
+    samples = model.sample(texts, seeds, args.steps, **more)
+    if args.out.suffix:
+        print(save_samples(args.out, samples, args.columns, fps))
+    else:
+        print(save_each(args.out, texts, seeds, samples, form, fps))

@@ -23,8 +23,7 @@ from fewstep.embedded.film_teacher import (
     build_film_pipeline,
     film_frames,
 )
-
-FILM_FOLDER = "film-teacher"
+from fewstep.embedded.names import FILM_FOLDER
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fewstep.data.films import FilmCaption
 from fewstep.data.scenes import ATTRIBUTES, Caption
 from fewstep.data.things import BACKGROUNDS, PLACEMENTS, STYLES
 from fewstep.embedded.build import JUDGE_FILE, TABLE_FILE, shipped
@@ -97,7 +98,7 @@ def compare(
     first_seed: int,
     out: Path,
     *,
-    scored: Sequence[Caption] | Sequence[str] = (),
+    scored: Sequence[Caption] | Sequence[FilmCaption] | Sequence[str] = (),
     options: StudyOptions | None = None,
     teacher: Subject | None = None,
     from_table: bool = False,
@@ -107,6 +108,7 @@ def compare(
     notes: Sequence[str] = (),
     command: str | None = None,
     megabytes: float = 100,
+    fps: int | None = None,
 ) -> tuple[Path, Path] | None:
     """Write `out`/compare.html and `out`/compare.png; None in processes that only helped to draw (torchrun).
 
@@ -115,7 +117,7 @@ def compare(
         prompts: one sample each; the same for all.
         first_seed: of the first prompt's sample; the next ones count up.
         out: folder.
-        scored: prompts of the figures, captions of embedded scenes or texts; none for no figures.
+        scored: prompts of the figures, captions of embedded scenes or films, or texts; none for no figures.
         options: how to score (`study.study`), and where samples are kept.
         teacher: what figures are relative to.
         from_table: take the embedded teacher's figures from the table that is shipped, without intervals, where it has
@@ -126,6 +128,7 @@ def compare(
         notes: shown at the end.
         command: how to make the page again.
         megabytes: what the pictures on the page may take; larger ones are scaled down (`page_pictures.Form`).
+        fps: frames a second of videos, for all candidates; of the first one's family unless told.
 
     Costs one sample of each entry per prompt, seed and scored prompt, less what was drawn before, and four to measure
     time.
@@ -155,7 +158,8 @@ def compare(
                 histograms[attribute][entry.name] = values
             seconds = measure_cost(entry.subject.model, prompts[0], entry.steps, entry.scale).seconds
             kept = Kept(drawn[entry.name], prompts, seeds)
-            candidates.append(Candidate(entry.name, kept, entry.calls, seconds, figures, entry.settings()))
+            rate = fps or entries[0].subject.model.backbone.frame_rate
+            candidates.append(Candidate(entry.name, kept, entry.calls, seconds, figures, entry.settings(), rate))
     if not candidates:
         return None
     page = write_page(
@@ -203,16 +207,17 @@ def _check(entries: Sequence[Entry], votes: Sequence[Vote]) -> None:
 
 def _scored(
     entry: Entry,
-    scored: Sequence[Caption] | Sequence[str],
+    scored: Sequence[Caption] | Sequence[FilmCaption] | Sequence[str],
     captions: list[Caption],
     options: StudyOptions,
     teacher: Subject | None,
 ) -> tuple[dict[str, Estimate], dict[str, list[float]]] | None:
     """Figures with intervals, and shares of the attributes that captions leave open."""
     texts = [str(each) for each in scored]
+    films = [each for each in scored if isinstance(each, FilmCaption)]
     results = study(
         entry.subject, teacher, texts, (entry.steps,), replace(options, paired=False),
-        captions=captions or None, guidance_scale=entry.scale,
+        captions=captions or None, films=films or None, guidance_scale=entry.scale,
     )  # fmt: skip
     if results is None:
         return None

@@ -34,6 +34,11 @@ def film_captions(count: int, seed: int = 0) -> list[FilmCaption]:
     return [draw_film_caption(rng, for_evaluation=True) for _ in range(count)]
 
 
+def held_out_films(count: int, seed: int = 0) -> list[str]:
+    """`film_captions` as texts."""
+    return [str(caption) for caption in film_captions(count, seed)]
+
+
 def rendered_scores(count: int = 64, frames: int = FRAMES) -> EvaluatedFilms:
     """What rendered films of the evaluation captions score: the best there is."""
     captions, start = film_captions(count), time.perf_counter()

@@ -7,24 +7,19 @@ candidate. The page's script takes a line when it shows the picture, so that tho
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from fewstep.evaluation.clips import EXACT, QUALITY, webp_bytes
 from fewstep.evaluation.pictures import Candidate, to_pil
 
 ROWS = 24
 """Prompts in a block, and on a leaf of the page's grid."""
-EXACT = 128
-"""Pictures of at most so many pixels a side are kept without loss."""
-QUALITY = 90
-FRAMES_A_SECOND = 16
 _SIDES = (1024, 768, 512, 384, 256, 192, 128, 96, 64)
 _PROBES = 6
 
@@ -57,20 +52,16 @@ def choose_form(candidates: Sequence[Candidate], megabytes: float) -> Form:
     forms = [Form(largest, True)] if largest <= EXACT else []
     forms += [Form(largest, False), *(Form(side, False) for side in _SIDES if side < largest)]
     for form in forms:
-        sizes = [len(webp(c.images[i], form)) for c in candidates for i in probes]
+        sizes = [len(webp(c.images[i], form, c.fps)) for c in candidates for i in probes]
         if sum(sizes) / len(sizes) * count * len(candidates) * 4 / 3 <= megabytes * 1e6:
             break
     return form
 
 
-def webp(sample: Tensor, form: Form) -> bytes:
-    """(3, H, W) uint8 as a WebP file; (F, 3, H, W) as an animated one, 16 frames a second."""
-    first, *more = [_fitted(to_pil(frame), form.side) for frame in (sample if sample.ndim == 4 else sample[None])]
-    target = io.BytesIO()
-    moving: dict[str, Any] = {"save_all": True, "append_images": more, "duration": round(1000 / FRAMES_A_SECOND)}
-    how = {"lossless": True, "quality": 80} if form.exact else {"quality": QUALITY}
-    first.save(target, "WEBP", method=4, loop=0, **how, **(moving if more else {}))
-    return target.getvalue()
+def webp(sample: Tensor, form: Form, fps: int = 16) -> bytes:
+    """(3, H, W) uint8 as a WebP file; (F, 3, H, W) as an animated one."""
+    frames = [_fitted(to_pil(frame), form.side) for frame in (sample if sample.ndim == 4 else sample[None])]
+    return webp_bytes(frames, fps, form.exact)
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
@@ -86,7 +77,7 @@ def picture_blocks(candidates: Sequence[Candidate], form: Form) -> Iterator[str]
     count = len(candidates[0].images)
     for block, start in enumerate(range(0, count, ROWS)):
         rows = range(start, min(start + ROWS, count))
-        lines = (base64.b64encode(webp(c.images[i], form)).decode() for i in rows for c in candidates)
+        lines = (base64.b64encode(webp(c.images[i], form, c.fps)).decode() for i in rows for c in candidates)
         yield f'<script type="text/plain" id="block-{block}">{chr(10).join(lines)}</script>\n'
 
 
@@ -98,7 +89,13 @@ def data_block(candidates: Sequence[Candidate], prompts: Sequence[str], seeds: S
         "prompts": list(prompts),
         "seeds": list(seeds),
         "candidates": [
-            {"name": c.name, "calls": c.calls, "height": c.images[0].shape[-2], "width": c.images[0].shape[-1]}
+            {
+                "name": c.name,
+                "calls": c.calls,
+                "height": c.images[0].shape[-2],
+                "width": c.images[0].shape[-1],
+                "moves": c.images[0].ndim == 4,
+            }
             for c in candidates
         ],
     }

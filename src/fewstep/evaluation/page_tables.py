@@ -11,9 +11,21 @@ from fewstep.evaluation.intervals import Estimate
 from fewstep.evaluation.pictures import Candidate
 from fewstep.evaluation.preferences import Preference, Vote, percent, preferences
 
-LOWER_IS_BETTER = {"frechet", "kernel", "paired", "flicker", "clipped", "wasserstein", "mmd", "distance", "error"}
+LOWER_IS_BETTER = {
+    "frechet",
+    "kernel",
+    "paired",
+    "flicker",
+    "clipped",
+    "drift",
+    "wasserstein",
+    "mmd",
+    "distance",
+    "error",
+}
 HIGHER_IS_BETTER = {
     *("precision", "recall", "density", "coverage", "following", "thing", "evenness", "score", "accuracy"),
+    *("fit", "identity"),
 }
 """Beginnings of names of figures that tell their direction; one with neither is shown without a mark."""
 _LABELS = {"frechet": "Fréchet distance", "kernel": "kernel distance", "following": "prompt-following"}

@@ -49,6 +49,8 @@ class Candidate:
     """Figures by name, with intervals where there are some; a missing name or nan: not measured."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """All that makes it what it is, JSON-able; votes on a page belong to these settings."""
+    fps: int = 16
+    """Frames a second, of videos."""
 
 
 def check_candidates(candidates: Sequence[Candidate], prompts: Sequence[str]) -> None:

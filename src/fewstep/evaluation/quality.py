@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.films import FilmCaption
 from fewstep.data.scenes import ATTRIBUTES, Caption
 from fewstep.embedded.judge import Judge
+from fewstep.evaluation.film_numbers import SPACE, film_features, film_numbers
+from fewstep.evaluation.film_reading import read_films
 from fewstep.evaluation.intervals import Estimate, estimate, mean_of
 from fewstep.evaluation.metrics import KernelDistance, frechet_distance, neighbours, spread
 from fewstep.evaluation.motion import motion_and_flicker
@@ -74,6 +77,7 @@ def measure(
     *,
     partners: Iterable[Tensor] | None = None,
     judge: Judge | None = None,
+    films: Sequence[FilmCaption] | None = None,
 ) -> Measured:
     """Go once through samples, batch by batch, and note what all figures need.
 
@@ -84,6 +88,8 @@ def measure(
         scores: to give each sample.
         partners: samples of the teacher from the same noise, whose pixels are compared.
         judge: names the attributes of embedded scenes, where told.
+        films: captions of all samples, where these are films of the embedded data set: they get features and numbers
+            of their own (`film_numbers`).
     """
     features: dict[str, list[Tensor]] = {name: [] for name in spaces}
     numbers: dict[str, list[Tensor]] = {}
@@ -107,6 +113,10 @@ def measure(
         if others is not None:
             gap = (part.float() - next(others).float()) / 255
             found["paired/pixels"] = gap.flatten(1).square().mean(1).sqrt()
+        if films is not None:
+            reading = read_films(part)
+            features.setdefault(SPACE, []).append(film_features(part, reading)[:, None])
+            found |= film_numbers(part, films[done - len(part) : done], reading)
         if judge is not None:
             named.append(judge_features(judge, part)[1])
         for name, values in found.items():

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.embedded.build import JUDGE_FILE, REFERENCE_FILE, TEACHER_FOLDER, shipped
+from fewstep.data.film_paths import SIDE
+from fewstep.embedded.build import JUDGE_FILE, REFERENCE_FILE, shipped
 from fewstep.embedded.judge import Judge
+from fewstep.embedded.names import EMOJI, name_of
 from fewstep.errors import FewstepError
 from fewstep.evaluation.scenes import SceneScores, evaluation_captions, judge_features, score_scenes
 from fewstep.models.student import Student, load_student
@@ -39,7 +41,13 @@ class Evaluated:
 def of_embedded(model: Teacher | Student) -> bool:
     """Whether it is the embedded teacher or a student of it, so that the judge can score it."""
     source = model.backbone.source if isinstance(model, Teacher) else model.card["teacher"]
-    return Path(source) == shipped(TEACHER_FOLDER)
+    return name_of(source) == EMOJI
+
+
+def of_films(model: Teacher | Student) -> bool:
+    """Whether it makes films of the embedded data set at their own size, so that they can be read exactly."""
+    backbone = model.backbone
+    return backbone.makes_films and (backbone.size["height"], backbone.size["width"]) == (SIDE, SIDE)
 
 
 def reference_features() -> Tensor:

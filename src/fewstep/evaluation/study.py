@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fewstep.data.films import FilmCaption
 from fewstep.data.scenes import Caption
 from fewstep.embedded.build import JUDGE_FILE, shipped
 from fewstep.embedded.judge import Judge
@@ -114,6 +115,7 @@ def study(
     options: StudyOptions,
     *,
     captions: Sequence[Caption] | None = None,
+    films: Sequence[FilmCaption] | None = None,
     guidance_scale: float | None = None,
 ) -> dict[str, Result] | None:
     """Score `subject` at every step count; None in processes that only helped to draw (torchrun).
@@ -125,6 +127,8 @@ def study(
         steps: step counts.
         options: how.
         captions: what embedded scenes have to show; with them come prompt-following and evenness.
+        films: what films of the embedded data set have to show; with them come the exact measures of films, and
+            distances in what is read from them.
         guidance_scale: of a subject that is a teacher.
 
     Costs a sample of the subject for each prompt, seed and step count, and as many of the teacher unless the reference
@@ -136,8 +140,14 @@ def study(
     options.validate()
     if options.needs_teacher and (teacher is None or not isinstance(teacher.model, Teacher)):
         raise FewstepError("found no teacher to compare with, expected one, fix: pass --teacher, or --reference FOLDER")
-    _check(subject, prompts, steps, options, captions)
-    device = subject.model.backbone.device
+    _check(subject, prompts, steps, options, captions if films is None else films)
+    if options.reference != TEACHER and films is not None:
+        raise FewstepError(
+            "found a folder of pictures as the reference of films, expected the teacher, fix: leave --reference out, "
+            "or pass --prompts for figures of single frames"
+        )
+    backbone = subject.model.backbone
+    device = backbone.device
     spaces = dict(load_space(spec, device) for spec in options.spaces)
     scores = dict(load_score(spec, device) for spec in options.scores)
     plan = Plan(prompts, options.per_prompt, options.seed * SEEDS_APART)
@@ -165,16 +175,17 @@ def study(
     counts = drawn_counts(len(prompts), options.resamples)
     judge = Judge.load(shipped(JUDGE_FILE)) if captions is not None else None
     shown = [caption for caption in captions or () for _ in range(plan.per_prompt)] or None
+    played = [caption for caption in films or () for _ in range(plan.per_prompt)] or None
 
     def found(samples: SampleSet, which: Plan, partners: SampleSet | None = None) -> Measured:
         beside = partners.read(which.texts, which.seeds) if partners else None
         read = samples.read(which.texts, which.seeds)
-        return measure(read, which.texts, spaces, scores, partners=beside, judge=judge)
+        return measure(read, which.texts, spaces, scores, partners=beside, judge=judge, films=played)
 
     if options.reference != TEACHER:
         reference = Reference(measure(read_images(Path(options.reference)), (), spaces, {}).features, False)
     elif wants_teacher and teachers is not None:
-        theirs = measure(teachers.read(others.texts, others.seeds), others.texts, spaces, {})
+        theirs = measure(teachers.read(others.texts, others.seeds), others.texts, spaces, {}, films=played)
         reference = Reference(theirs.features, True)
     else:
         reference = Reference({"judge": reference_features()[: len(prompts), None]}, True)
@@ -192,7 +203,7 @@ def study(
         results[f"{count} steps"] = Result(count, row, cost)
         if options.vbench is not None:
             videos = (sample for part in drawn.read(plan.texts, plan.seeds, 1) for sample in part)
-            write_vbench(options.vbench / f"{count}-steps", zip(plan.texts, videos, strict=True))
+            write_vbench(options.vbench / f"{count}-steps", zip(plan.texts, videos, strict=True), backbone.frame_rate)
     return results
 
 
@@ -201,7 +212,7 @@ def _check(
     prompts: Sequence[str],
     steps: Sequence[int],
     options: StudyOptions,
-    captions: Sequence[Caption] | None,
+    captions: Sequence[object] | None,
 ) -> None:
     """Refuses what cannot work, before any work."""
     if len(prompts) <= K_DENSITY:
@@ -218,7 +229,7 @@ def _check(
     if "judge" in options.spaces and not of_embedded(subject.model):
         raise FewstepError(
             f"found the space judge for {subject.source}, expected one that knows its pictures, since the judge has "
-            "only seen the embedded scenes, fix: --spaces dinov2 (or clip, inception=FILE)"
+            "only seen the embedded scenes, fix: --spaces dinov2 (or clip, inception=FILE), or --spaces and no name"
         )
     if captions is not None and len(captions) != len(prompts):
         raise FewstepError(f"found {len(captions)} captions for {len(prompts)} prompts, expected one each, fix: match")

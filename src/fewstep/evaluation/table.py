@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from fewstep.evaluation.study import TEACHER, Result
 
-LOWER_IS_BETTER = ("frechet", "kernel", "paired", "flicker", "clipped")
-"""Beginnings of names; of `contrast`, `motion` and `variety` the teacher's own figure is best."""
-AS_THE_TEACHER = ("contrast", "motion", "variety")
+LOWER_IS_BETTER = ("frechet", "kernel", "paired", "flicker", "clipped", "drift")
+"""Beginnings of names; of `contrast`, `motion`, `speed` and `variety` the teacher's own figure is best."""
+AS_THE_TEACHER = ("contrast", "motion", "variety", "speed")
 
 
 def quality_table(results: Mapping[str, Result], title: str) -> None:

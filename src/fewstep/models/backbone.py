@@ -70,6 +70,12 @@ class Backbone(ABC):
     recipe: ClassVar[Recipe] = Recipe()
     """What the family is distilled with unless the user says otherwise."""
 
+    makes_films: ClassVar[bool] = False
+    """Whether its videos are films of the embedded data set, whose captions and data are known and can be scored."""
+
+    frame_rate: int = 16
+    """Frames a second that videos are made for."""
+
     teacher_steps: int = 50
     """Steps of the teacher unless told otherwise."""
 

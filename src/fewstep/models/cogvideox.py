@@ -42,6 +42,11 @@ class CogVideoX(Backbone):
     )
 
     @property
+    def frame_rate(self) -> int:  # type: ignore[override]
+        """8, and 16 for CogVideoX 1.5, as their cards say."""
+        return 8 if self.pipeline.transformer.config.patch_size_t is None else 16
+
+    @property
     def sides(self) -> dict[str, Side]:
         config, spatial = self.pipeline.transformer.config, self.pipeline.vae_scale_factor_spatial
         multiple = spatial * config.patch_size

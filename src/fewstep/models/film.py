@@ -125,6 +125,7 @@ class Film(Wan):
 
     pipeline_classes = ("FilmPipeline",)
     comfyui_key = None  # type: ignore[assignment]
+    makes_films = True
     teacher_guidance = 3.0
     recipe = Recipe(guidance_scale=Setting(3.0), shift=Setting(3.0), roles=Setting("copies"))
 

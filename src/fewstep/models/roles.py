@@ -289,7 +289,7 @@ def build_roles(
         discriminator: whose features it reads: the critic's, which it then shapes too (DMD2), or those of the frozen
             teacher (f-distill).
         compile_backend: where given, blocks are compiled when first called, by this backend of torch.compile
-            ("inductor" is the usual one).
+            ("inductor" is the usual one); with a causal student those of teacher and critic.
         causal: the student can generate videos chunk by chunk (`fewstep.attention`); teacher and critic see whole ones,
             also where they share its network.
         seed: of the new weights (adapters, step embedding, heads).
@@ -297,7 +297,7 @@ def build_roles(
     Raises:
         FewstepError: unknown kind, layers or discriminator, a rank below 1, an alpha not above 0, a discriminator
             without the critic it should read, or on a backbone that does not say where its features are; a full copy of
-            a quantised base; a causal student of a family that has none, or compiled.
+            a quantised base; a causal student of a family that has none, or on a network that is to be compiled.
     """
     if kind not in get_args(Kind):
         raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")
@@ -315,10 +315,11 @@ def build_roles(
             f"found roles {kind!r} on a base in {backbone.quantised}, expected adapters, since copies of rounded "
             "weights cannot be trained, fix: --roles adapters, or --base-dtype bfloat16"
         )
-    if causal and compile_backend is not None:
+    if causal and compile_backend is not None and kind == "adapters":
         raise FewstepError(
-            "found a causal student to be compiled, expected it as it is (its blocks are handed a memory, which the "
-            "compiler does not know), fix: leave --compile off"
+            "found a causal student to be compiled together with teacher and critic, whose network it shares, expected "
+            "networks apart: its blocks are handed a memory, which the compiler does not know, theirs are not, "
+            "fix: --roles copies or mixed, or leave --compile off"
         )
     ranks = {STUDENT: rank, CRITIC: rank if critic_rank is None else critic_rank}
     if min(ranks.values()) < 1:
@@ -347,7 +348,8 @@ def build_roles(
             own_way = checkpoint_function(its_switch) if its_switch else None
             network.enable_gradient_checkpointing(own_way)
     if compile_backend is not None:
-        for network in {base, *(seat.network for seat in seats.values())}:
+        own = {seats[STUDENT].network} if causal else set()
+        for network in {base, *(seat.network for seat in seats.values())} - own:
             compile_blocks(network, compile_backend)
     seat = backbone.causal(seats[STUDENT].network) if causal else None
     return Roles(backbone, Seat(base, switch), seats[STUDENT], seats.get(CRITIC), judge, seat)

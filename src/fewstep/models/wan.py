@@ -80,6 +80,11 @@ class Wan(Backbone):
             self.network = WanExperts(pipeline.transformer, pipeline.transformer_2, boundary).eval()
 
     @property
+    def frame_rate(self) -> int:  # type: ignore[override]
+        """16, and 24 for Wan2.2-5B, as their cards say."""
+        return 24 if self.pipeline.config.get("expand_timesteps") else 16
+
+    @property
     def sides(self) -> dict[str, Side]:
         pipeline, patch = self.pipeline, self.pipeline.transformer.config.patch_size
         height, width, frames = (call_default(pipeline, name) for name in ("height", "width", "num_frames"))

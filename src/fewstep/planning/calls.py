@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention.layout import FRAMES, Layout
 from fewstep.core.process import Process
 from fewstep.core.streams import Streams
 from fewstep.core.tensors import Condition
-from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Options
 from fewstep.methods.decoupled import DecoupledOptions
+from fewstep.methods.self_forcing import layout_of
 
 _SHAPE = (4,)
-"""Of the stand-ins' samples: what a method calls does not depend on it."""
+"""Of the stand-ins' samples: what a method calls does not depend on it, but on the frames of videos made in chunks."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +33,39 @@ class Call:
     """Whether a backward pass follows, so that activations are kept."""
     through: bool
     """Whether gradient is wanted of its input as well."""
+    layout: Layout | None = None
+    """Of a causal student's call."""
+    frames: int = 0
+    """Of a causal student's call, those that it computes: a chunk's, or all, and twice with a clean history."""
+    seen: int | None = None
+    """Of a chunk's call, the finished chunks that it attends to; None: all chunks at once."""
 
 
-def calls_of(options: Options, process: Process, rows: int) -> dict[str, list[Call]]:
+def calls_of(options: Options, process: Process, rows: int, frames: int = 0) -> dict[str, list[Call]]:
     """The calls of a critic update and of the student's update for a micro-batch of `rows`, in order.
 
     Those without a backward are given with all rows: along a path, some are of fewer.
 
+    Args:
+        options: of the method.
+        process: the teacher's.
+        rows: of a micro-batch.
+        frames: latent frames of a sample, which a causal student makes in chunks.
+
     Raises:
-        FewstepError: the method's student is causal, whose calls are not all of one size.
+        FewstepError: the method's student is causal and `frames` is no whole number of chunks.
     """
     if isinstance(options, DecoupledOptions) and options.measures:
         options = replace(options, moment_mean=1.0, moment_variance=1.0)
     method = options.build()
-    if method.needs.causal:
-        raise FewstepError(
-            f"found {method.name}, whose student makes videos chunk by chunk, expected a method of whole samples, "
-            "fix: plan dmd2 on the same teacher for what the networks take"
-        )
+    shape = (1, frames, 2, 2) if method.needs.causal else _SHAPE
     roles = _StandIns(process)
     samples = torch.arange(rows)
-    noise = torch.zeros(rows, *_SHAPE)
-    batch = Batch({}, samples, _SHAPE, real=(noise, {}), pairs=(noise + 1, noise, {}))
+    noise = torch.zeros(rows, *shape)
+    begun = noise + 1
+    if method.needs.trajectories:  # a state at each of the student's calls
+        begun = begun[:, None].repeat_interleave(max(options.counts), 1)
+    batch = Batch({}, samples, shape, real=(noise, {}), pairs=(begun, noise, {}))
     draw = Streams(0).at(1, samples)
     path = method.rollout(batch, roles, draw)
     found: dict[str, list[Call]] = {}
@@ -71,7 +84,7 @@ class _StandIns:
     discriminates = True
 
     def __init__(self, process: Process) -> None:
-        self.process = process
+        self.process, self.causal = process, _Chunks(self)
         self.calls: list[Call] = []
         self._weights = {role: nn.Parameter(torch.tensor(0.5)) for role in ("student", "critic", "discriminator")}
 
@@ -81,7 +94,7 @@ class _StandIns:
         return lambda x, t, condition: self._call(name, x)
 
     def discriminator(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self._call("discriminator", x).mean(1, keepdim=True)
+        return self._call("discriminator", x).flatten(1).mean(1, keepdim=True)
 
     def log_ratio(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.discriminator(x, t, condition).flatten(1).mean(1)
@@ -89,8 +102,43 @@ class _StandIns:
     def null(self, condition: Condition) -> Condition:
         return condition
 
-    def _call(self, role: str, x: Tensor) -> Tensor:
+    def _call(self, role: str, x: Tensor, **chunks: Any) -> Tensor:
         through = torch.is_grad_enabled() and x.requires_grad
         graph = through or (torch.is_grad_enabled() and role in self._weights)
-        self.calls.append(Call(role, len(x), graph, through))
+        self.calls.append(Call(role, len(x), graph, through, **chunks))
         return x * self._weights.get(role, 0.5)
+
+
+class _Chunks:
+    """How their student is called chunk by chunk (`fewstep.methods.base.CausalCalls`)."""
+
+    def __init__(self, roles: _StandIns) -> None:
+        self._roles = roles
+
+    def memory(self, student: Any, layout: Layout, condition: Condition) -> _Memory:
+        return _Memory(self._roles, layout_of(layout) or layout)
+
+    def parallel(
+        self, student: Any, layout: Layout, x: Tensor, t: Tensor, condition: Condition, clean: Tensor | None = None
+    ) -> Tensor:
+        frames = x.shape[FRAMES] * (1 if clean is None else 2)
+        return self._roles._call("student", x, layout=layout_of(layout), frames=frames)
+
+
+class _Memory:
+    """A memory that only counts its chunks."""
+
+    def __init__(self, roles: _StandIns, layout: Layout) -> None:
+        self._roles, self._layout, self._finished = roles, layout, 0
+
+    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
+        seen = len(self._layout.seen(self._finished))
+        return self._roles._call("student", x, layout=self._layout, frames=x.shape[FRAMES], seen=seen)
+
+    @torch.no_grad()
+    def remember(self, x: Tensor) -> None:
+        self.denoise(x, torch.zeros(len(x)))
+        self._finished += 1
+
+    def snapshot(self) -> _Memory:
+        return copy(self)

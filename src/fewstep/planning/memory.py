@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.api import RoleOptions
+from fewstep.attention.layout import FRAMES
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Options
+from fewstep.methods.self_forcing import layout_of
 from fewstep.models.blocks import outermost_blocks, repeated_blocks
+from fewstep.models.pipelines import STATES
 from fewstep.models.quantised import PACKAGES, rounded_bytes
 from fewstep.models.roles import Roles, build_roles
 from fewstep.planning.build import Blueprint
@@ -104,8 +107,9 @@ def plan(print_: Blueprint, run: Run) -> Plan:
             costs[call] = trace(print_, roles, call, precision=run.train.precision, words=run.words)
         return costs[call]
 
-    phases = calls_of(run.options, roles.process, run.rows)
     method = run.options.build()
+    frames = print_.backbone.latent_shape[FRAMES - 1] if method.needs.causal else 0
+    phases = calls_of(run.options, roles.process, run.rows, frames)
     others = {name: numbers * _bytes(run) for name, numbers in print_.others.items()}
     if run.text_encoder != "resident":
         others = {name: size for name, size in others.items() if "text_encoder" not in name}
@@ -122,6 +126,8 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     at_rest = sum(parts.values())
     parts |= {name.replace("_", " "): size for name, size in others.items()}
     parts["prompts and paths"] = _prompts_and_paths(roles, run)
+    if any(call.seen is not None for calls in phases.values() for call in calls):
+        parts["remembered chunks"] = _remembered(roles, run)
     parts["gradients"], most = max(
         (
             (-(-_gradients(phase, calls, trained, run) // divided), int(_peak([cost(call) for call in calls], calls)))
@@ -132,7 +138,10 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     parts["activations"] = most + unrounded  # of a quantised base, the layer that computes
     student = Call("student", 1, False, False)
     graphs = sum(
-        call.rows / run.rows * (method.critic_updates if phase == "critic" else 1)
+        call.rows
+        / run.rows
+        * (call.frames / frames if call.layout is not None else 1)
+        * (method.critic_updates if phase == "critic" else 1)
         for phase, calls in phases.items()
         for call in calls
         if call.graph
@@ -178,6 +187,7 @@ def _roles(print_: Blueprint, run: Run) -> Roles:
         critic=needs.critic or (needs.discriminator and features == "critic"),
         discriminator=features if needs.discriminator else "none",
         steps_aware=needs.steps_condition or needs.landing_condition,
+        causal=needs.causal,
     )
 
 
@@ -231,6 +241,28 @@ def _prompts_and_paths(roles: Roles, run: Run) -> int:
     text = sum(_bytes(run) * math.prod(shape) for shape in shapes(backbone, run.words).values())
     path = (3 * max(run.options.counts) + 1) * 4 * math.prod(backbone.latent_shape)
     return run.share * (text + path)
+
+
+def _remembered(roles: Roles, run: Run) -> int:
+    """Keys and values that a causal student keeps through an iteration, of all samples.
+
+    Of every finished chunk, since the student's update walks each chunk again within the memory that it had; in float32
+    of each state of a blended sink; and of the prompt.
+    """
+    backbone: Any = roles.backbone
+    layout, config = layout_of(run.options), backbone.network.config
+    assert layout is not None
+    _, patch, _ = config.patch_size
+    _, frames, height, width = backbone.latent_shape
+    finished = layout.chunks(frames) - 1
+    tokens = layout.chunk * (height // patch) * (width // patch)
+    half = run.train.precision != "fp32" or (run.roles.roles == "adapters" and run.base_dtype != "float32")
+    blended = 0
+    if layout.sink_decay < 1 and layout.window is not None:
+        blended = max(0, finished - layout.sink - layout.window)
+    words = shapes(backbone, run.words)[STATES][0]
+    numbers = (2 if half else 4) * (finished * tokens + words) + 4 * blended * tokens
+    return run.share * 2 * config.num_layers * config.num_attention_heads * config.attention_head_dim * numbers
 
 
 def _gradients(phase: str, calls: list[Call], trained: Mapping[str, list[nn.Parameter]], run: Run) -> int:

@@ -8,7 +8,7 @@ determines all: bytes and operations are linear in the number of blocks.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fewstep.attention.layout import FRAMES
+from fewstep.core.tensors import Condition
 from fewstep.models.wan_experts import WanExperts
 from fewstep.planning.build import Blueprint
 from fewstep.planning.calls import Call
@@ -134,8 +136,12 @@ def _run(print_: Blueprint, roles: Any, network: nn.Module, call: Call, precisio
     backbone = roles.backbone
     networks: Any = Networks(roles, precision, torch.device("cpu"))
     with print_.mode, torch.set_grad_enabled(call.graph):
-        x = torch.empty(call.rows, *backbone.latent_shape, requires_grad=call.through)
-        t = torch.empty(call.rows)
+        shape = list(backbone.latent_shape)
+        if call.seen is not None:
+            shape[FRAMES - 1] = call.frames
+        x = torch.empty(call.rows, *shape, requires_grad=call.through)
+        of_frames = call.layout is not None and call.seen is None  # all chunks at once, each frame at a time of its own
+        t = torch.empty(call.rows, shape[FRAMES - 1]) if of_frames else torch.empty(call.rows)
         condition = condition_like(backbone, call.rows, words)
         if roles.steps_aware:
             condition |= {"steps": torch.empty(call.rows), "landing": torch.empty(call.rows)}
@@ -143,10 +149,11 @@ def _run(print_: Blueprint, roles: Any, network: nn.Module, call: Call, precisio
         trained = [p for p in _trained(roles, call.role) if id(p) in present] if call.graph else []
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-        known = [x, t, *condition.values(), *network.parameters(), *network.buffers()]
+        answer_to, remembered = _asked(networks, call, x, t, condition)
+        known = [x, t, *condition.values(), *remembered, *network.parameters(), *network.buffers()]
         known += [p.grad for p in trained if p.grad is not None]
         with Ledger(known) as ledger:
-            answer = getattr(networks, call.role)(x, t, condition)
+            answer = answer_to()
             saved, forward, operations = ledger.alive, ledger.most, ledger.operations
             if call.graph:
                 answer.sum().backward(inputs=[*trained, *([x] if call.through else [])])
@@ -155,6 +162,23 @@ def _run(print_: Blueprint, roles: Any, network: nn.Module, call: Call, precisio
         for parameter in trained:
             parameter.grad = None
     return Cost(saved if call.graph else 0, forward, most, operations)
+
+
+def _asked(
+    networks: Any, call: Call, x: Tensor, t: Tensor, condition: Condition
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The call, still to be made, and what a causal student remembers at that time."""
+    layout = call.layout
+    if layout is None:
+        return lambda: getattr(networks, call.role)(x, t, condition), []
+    if call.seen is None:
+        clean = x.detach() if call.frames > x.shape[FRAMES] else None
+        return lambda: networks.causal.parallel(networks.student, layout, x, t, condition, clean), []
+    memory = networks.causal.memory(networks.student, layout, condition)
+    while len(memory.chunks) < call.seen:
+        memory.remember(x.detach())
+    kept = [part for chunk in memory.chunks for layer in chunk.layers for part in layer]
+    return lambda: memory.denoise(x, t), kept
 
 
 def _network(roles: Any, role: str) -> nn.Module:

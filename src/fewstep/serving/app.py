@@ -18,6 +18,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
+from fewstep.evaluation.clips import moving_bytes
 from fewstep.evaluation.pictures import to_pil
 from fewstep.serving.batcher import Batcher, BatchFailed, Closing, QueueFull
 from fewstep.serving.guard import CLIENT_LEFT, Guard
@@ -58,7 +59,7 @@ def build_app(model: Served, limits: Limits, *, key: str | None = None, public_u
         public_url: what answers by URL begin with; unless told, the address that the request came to.
     """
     limits.validate()
-    limits.check_room(model.width, model.height)
+    limits.check_room(model.width, model.height, max(1, model.frames))
     metrics = Metrics()
     store = PictureStore(limits.keep, limits.keep_megabytes * 2**20, limits.keep_seconds)
     batcher: Batcher[int, Tensor] = Batcher(
@@ -96,31 +97,33 @@ def _add_images(
     locked: list[Any],
 ) -> None:
     """Drawing pictures, and fetching those that were answered by URL."""
-    kind = request_kind(model.name, model.size, model.steps)
+    kind = request_kind(model)
 
-    async def make(told: ImageRequest, steps: int, seeds: list[int], form: str) -> list[bytes]:
-        pictures = await batcher.submit(told.prompt, seeds, steps)
-        return await asyncio.to_thread(_encoded, pictures, form)
+    async def make(told: ImageRequest, steps: int, seeds: list[int], form: str, fps: int) -> list[bytes]:
+        samples = await batcher.submit(told.prompt, seeds, steps)
+        return await asyncio.to_thread(_encoded, samples, form, fps)
 
     @app.post("/v1/images/generations", response_model_exclude_none=True, dependencies=locked)
     async def generate(told: kind, request: Request) -> Images:  # type: ignore[valid-type]
-        """Draw `n` pictures of `prompt`."""
+        """Draw `n` pictures, or videos, of `prompt`."""
         asked: Any = told
+        fps = (asked.fps or model.fps) if model.frames else 0
         first = secrets.randbelow(2**32) if asked.seed is None else asked.seed
-        seeds, form = [first + number for number in range(asked.n or 1)], asked.output_format or "png"
-        files = await _within(timeout, make(asked, asked.steps or max(model.steps), seeds, form), request)
+        seeds, form = [first + number for number in range(asked.n or 1)], asked.output_format or model.forms[0]
+        files = await _within(timeout, make(asked, asked.steps or max(model.steps), seeds, form, fps), request)
         data = [Picture(seed=seed) for seed in seeds]
         for picture, file in zip(data, files, strict=True):
             if asked.response_format == "b64_json":
                 picture.b64_json = base64.b64encode(file).decode()
             else:
                 base = public_url.rstrip("/") if public_url else _address(request)
-                picture.url = base + FILES + store.put(file, f"image/{form}")
-        return Images(created=int(time.time()), data=data, output_format=form, size=model.size)
+                picture.url = base + FILES + store.put(file, _media_type(form))
+        more = {"frames": model.frames, "fps": fps} if model.frames else {}
+        return Images(created=int(time.time()), data=data, output_format=form, size=model.size, **more)
 
     @app.get(
         FILES + "{name}", response_class=Response,
-        responses={200: {"content": {f"image/{form}": {} for form in ("png", "jpeg", "webp")}}},
+        responses={200: {"content": {_media_type(form): {} for form in model.forms}}},
     )  # fmt: skip
     async def fetch(name: str) -> Response:
         """A picture that was answered by URL."""
@@ -133,14 +136,17 @@ def _add_images(
 
 def _add_models(app: FastAPI, model: Served, locked: list[Any]) -> None:
     """What there is to ask for."""
-    card = ModelCard(id=model.name, created=int(time.time()), size=model.size, steps=list(model.steps))
+    card = ModelCard(
+        id=model.name, created=int(time.time()), size=model.size, steps=list(model.steps),
+        output_formats=list(model.forms), frames=model.frames or None,
+    )  # fmt: skip
 
-    @app.get("/v1/models", dependencies=locked)
+    @app.get("/v1/models", dependencies=locked, response_model_exclude_none=True)
     async def models() -> ModelList:
         """The one model that there is."""
         return ModelList(data=[card])
 
-    @app.get("/v1/models/{name}", dependencies=locked)
+    @app.get("/v1/models/{name}", dependencies=locked, response_model_exclude_none=True)
     async def one_model(name: str) -> ModelCard:
         """The model of that name."""
         if name != model.name:
@@ -223,10 +229,17 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _encoded(pictures: Sequence[Tensor], form: str) -> list[bytes]:
-    """uint8 pictures (3, H, W) as files, in memory."""
+def _media_type(form: str) -> str:
+    return f"video/{form}" if form == "mp4" else f"image/{form}"
+
+
+def _encoded(samples: Sequence[Tensor], form: str, fps: int) -> list[bytes]:
+    """uint8 pictures (3, H, W), or videos (F, 3, H, W), as files, in memory."""
     files = []
-    for picture in pictures:
+    for picture in samples:
+        if picture.ndim == 4:
+            files.append(moving_bytes(picture, form, fps))
+            continue
         target = io.BytesIO()
         to_pil(picture).save(target, form.upper())
         files.append(target.getvalue())

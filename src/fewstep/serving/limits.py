@@ -47,10 +47,10 @@ class Limits:
                 f"found linger = {self.linger}, expected 0 or more seconds and less than the timeout, fix: change it"
             )
 
-    def check_room(self, width: int, height: int) -> None:
-        """FewstepError unless one request's pictures of that size can be kept together."""
-        if self.keep_megabytes * 2**20 < MOST_PICTURES * (width * height * 3 + 65536):
+    def check_room(self, width: int, height: int, frames: int = 1) -> None:
+        """FewstepError unless one request's pictures, or videos, of that size can be kept together."""
+        if self.keep_megabytes * 2**20 < MOST_PICTURES * (width * height * frames * 3 + 65536):
             raise FewstepError(
-                f"found keep_megabytes = {self.keep_megabytes}, expected enough for {MOST_PICTURES} pictures of "
-                f"{width}x{height}, fix: raise it"
+                f"found keep_megabytes = {self.keep_megabytes}, expected enough for {MOST_PICTURES} samples of "
+                f"{width}x{height}{f', {frames} frames' if frames > 1 else ''}, fix: raise it"
             )

@@ -6,7 +6,7 @@ Source: the API reference of `POST /v1/images/generations`, and the types of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from fewstep.evaluation.clips import MOST_FPS
 from fewstep.serving.limits import MOST_PICTURES
+from fewstep.serving.served import Served
 
 LARGEST_SEED = 2**32 - 1
 
@@ -38,7 +40,6 @@ class ImageRequest(BaseModel):
         None, description="Of the first picture: with prompt and steps it decides every pixel. Random unless told."
     )
     response_format: Literal["url", "b64_json"] | None = Field("url", description="URLs hold for a while.")
-    output_format: Literal["png", "jpeg", "webp"] | None = Field("png", description="jpeg and webp lose a little.")
     quality: Literal["auto", "standard"] | None = Field("auto", description="A student has one; see `steps`.")
     background: Literal["auto", "opaque"] | None = Field("auto", description="Pictures are opaque.")
     user: Annotated[str, Field(max_length=512)] | None = Field(None, description="Accepted, not used.")
@@ -54,16 +55,21 @@ class Picture(BaseModel):
 
 
 class Images(BaseModel):
-    """The answer: `created` in Unix seconds, `size` as WxH in pixels."""
+    """The answer: `created` in Unix seconds, `size` as WxH in pixels; of videos also `frames` and `fps`."""
 
     created: int
     data: list[Picture]
     output_format: str
     size: str
+    frames: int | None = None
+    fps: int | None = None
 
 
 class ModelCard(BaseModel):
-    """The served student; `steps` are the numbers of network calls that can be asked, `size` is WxH in pixels."""
+    """The served student; `steps` are the numbers of network calls that can be asked, `size` is WxH in pixels.
+
+    `frames` are those of a video; none for students of pictures.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -71,6 +77,8 @@ class ModelCard(BaseModel):
     owned_by: str = "fewstep"
     size: str
     steps: list[int]
+    output_formats: list[str]
+    frames: int | None = None
 
 
 class ModelList(BaseModel):
@@ -118,13 +126,19 @@ class Refusal(Exception):
         return JSONResponse({"error": body}, self.status, dict(self.headers or {}))
 
 
-def request_kind(name: str, size: str, steps: Sequence[int]) -> type[ImageRequest]:
-    """`ImageRequest` for the student called `name`, of pictures of `size` in one of `steps`; the largest by default."""
+def request_kind(model: Served) -> type[ImageRequest]:
+    """`ImageRequest` for a student: its name, size, steps (the largest by default), formats; of videos their speed."""
+    name, size, steps, forms = model.name, model.size, model.steps, model.forms
+    lossy = "mp4 and gif lose a little." if model.frames else "jpeg and webp lose a little."
     fields: dict[str, Any] = {
         "model": (Literal[name] | None, Field(name, description="The served student.")),
         "size": (Literal["auto", size] | None, Field("auto", description="A student has one size.")),
         "steps": (Annotated[Literal[tuple(sorted(steps))], _WHOLE] | None, Field(max(steps), description="Calls.")),
+        "output_format": (Literal[forms] | None, Field(forms[0], description=lossy)),
     }
+    if model.frames:
+        speed = Annotated[int, Field(ge=1, le=MOST_FPS), _WHOLE]
+        fields["fps"] = (speed | None, Field(model.fps, description="Frames a second, written into the file."))
     return create_model("ImageRequest", __base__=ImageRequest, **fields)
 
 

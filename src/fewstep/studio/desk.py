@@ -35,6 +35,8 @@ class Drawing:
     """Network calls; a guided step counts two."""
     seconds: float
     """Wall seconds, without loading."""
+    fps: int = 16
+    """Frames a second of a video."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Desk:
 def _timed(model: Student | Teacher, prompt: str, seed: int, steps: int, calls: int) -> Drawing:
     start = time.perf_counter()
     sample = model.sample([prompt], [seed], steps)[0]
-    return Drawing(sample, steps, calls, time.perf_counter() - start)
+    return Drawing(sample, steps, calls, time.perf_counter() - start, model.backbone.frame_rate)
 
 
 def _check(prompt: str) -> None:

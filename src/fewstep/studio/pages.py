@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.charts import Curve, curve_svg, number, read_curves
+from fewstep.evaluation.clips import moving_bytes
 from fewstep.evaluation.pictures import to_pil
 from fewstep.studio.desk import Drawing
 from fewstep.studio.runs import Grid, Run, RunsFolder
@@ -33,8 +33,6 @@ _BEFORE = 8
 """Earlier grids shown, at most."""
 _ALARMS = 20
 """Alarms shown, at most; the last ones."""
-_FRAME = 62
-"""Milliseconds a frame of a video is shown."""
 
 
 def text(words: object) -> str:
@@ -64,19 +62,17 @@ def _drawing(who: str, drawing: Drawing) -> str:
     steps = f"{drawing.steps} step{'s' * (drawing.steps != 1)}"
     calls = f"{drawing.calls} network call{'s' * (drawing.calls != 1)}"
     facts = f"<span>{steps}</span><span>{calls}</span><span>{_seconds(drawing.seconds)}</span>"
-    return f"<figure>{_picture(drawing.sample, who)}<figcaption><b>{who}</b>{facts}</figcaption></figure>"
+    return f"<figure>{_picture(drawing, who)}<figcaption><b>{who}</b>{facts}</figcaption></figure>"
 
 
-def _picture(sample: Tensor, what: str) -> str:
-    """(3, H, W) as PNG, (F, 3, H, W) as an animation."""
-    target = io.BytesIO()
-    if sample.ndim == 3:
-        to_pil(sample).save(target, "PNG")
-    else:
-        first, *more = map(to_pil, sample)
-        first.save(target, "WEBP", save_all=True, append_images=more, duration=_FRAME, loop=0)
+def _picture(drawing: Drawing, what: str) -> str:
+    """A picture as PNG, a video as an animation."""
+    sample, target = drawing.sample, io.BytesIO()
     height, width = sample.shape[-2:]
-    return _image(target.getvalue(), "png" if sample.ndim == 3 else "webp", width, height, what)
+    if sample.ndim == 4:
+        return _image(moving_bytes(sample, "webp", drawing.fps), "webp", width, height, what)
+    to_pil(sample).save(target, "PNG")
+    return _image(target.getvalue(), "png", width, height, what)
 
 
 def _image(content: bytes, kind: str, width: int, height: int, what: str) -> str:

@@ -66,7 +66,8 @@ function drawTrial() {
   document.querySelectorAll("[data-choice]").forEach((button) => { button.disabled = off; });
   if (off) return;
   const images = get("duel").querySelectorAll("img");
-  ["Left", "Right"].forEach((side, n) => showPicture(images[n], trial.row, trial.columns[n], `${side} picture`));
+  const time = beginTogether(images);
+  ["Left", "Right"].forEach((side, n) => showPicture(images[n], trial.row, trial.columns[n], `${side} picture`, time));
 }
 
 function vote(choice) {

@@ -33,21 +33,30 @@ function pictureUrl(row, column) {
   return lines && `data:image/webp;base64,${lines[(row % told.rows) * names.length + column]}`;
 }
 
-// Shows a picture now, or as soon as its block has arrived.
+// Shows a picture now, or as soon as its block has arrived. Films of one address play as one, so that one that is to
+// begin anew gets an address of its own: a fragment, which changes nothing of the data.
 const wanted = new Map();
 
-function showPicture(image, row, column, alt) {
+let begun = 0;
+
+function beginTogether(images) {
+  if (!told.candidates.some((candidate) => candidate.moves)) return 0;
+  images.forEach((image) => image.removeAttribute("src"));
+  return (begun += 1);
+}
+
+function showPicture(image, row, column, alt, time = 0) {
   const { width, height } = told.candidates[column];
   Object.assign(image, { width, height, alt });
   image.classList.toggle("small", Math.max(width, height) <= 128);
   const url = pictureUrl(row, column);
   if (url) {
     wanted.delete(image);
-    image.src = url;
+    image.src = time ? `${url}#${time}` : url;
   } else {
     image.removeAttribute("src");
     if (!wanted.size) setTimeout(tryAgain, 60);
-    wanted.set(image, [row, column, alt]);
+    wanted.set(image, [row, column, alt, time]);
   }
 }
 

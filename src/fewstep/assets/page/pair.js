@@ -15,9 +15,11 @@ function drawPair() {
   pair.row = Math.min(Math.max(pair.row, 0), told.prompts.length - 1);
   get("prompt").value = pair.row + 1;
   get("pair-text").replaceChildren(told.prompts[pair.row], make("small", {}, ` seed ${told.seeds[pair.row]}`));
+  const images = layers.map((layer) => layer.querySelector("img"));
+  const time = beginTogether(images);
   ["left", "right"].forEach((id, side) => {
     const column = Number(get(id).value);
-    showPicture(layers[side].querySelector("img"), pair.row, column, `${id}: ${names[column]}`);
+    showPicture(images[side], pair.row, column, `${id}: ${names[column]}`, time);
     layers[side].querySelector("b").textContent = names[column];
   });
   const { width, height } = told.candidates[Number(get("left").value)];
