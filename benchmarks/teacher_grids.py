@@ -30,15 +30,15 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     teacher = load_teacher("emoji")
-    even = [grids.shifted(steps, 1.0, start) for start in args.starts for steps in args.steps]
-    written = [grids.explicit([float(time) for time in grid.split(",")]) for grid in args.grids]
+    rows = [("even", grids.shifted(steps, 1.0, start)) for start in args.starts for steps in args.steps]
+    written = [[float(time) for time in grid.split(",")] for grid in args.grids]
+    rows += [(", ".join(f"{time:g}" for time in times), grids.explicit(times)) for times in written]
     print("| first call at | guided steps | times | Fréchet | following | contrast | clipped | background evenness |")
     print("|---" * 8 + "|")
-    for grid in even + written:
+    for times, grid in rows:
         teacher.backbone.teacher_grid = lambda count, grid=grid: grid  # type: ignore[method-assign, misc]
         steps = len(grid) - 1
         s = asdict(evaluate_scenes(teacher, steps=steps, count=args.count).scores)
-        times = "even" if any(grid is one for one in even) else ", ".join(f"{time:g}" for time in grid[:-1])
         print(
             f"| {grid[0]:g} | {steps} | {times} | {s['frechet']:.1f} | {100 * s['following']:.1f} % "
             f"| {s['contrast']:.3f} | {100 * s['clipped']:.1f} % | {s['evenness']['background']:.3f} |",

@@ -14,6 +14,7 @@ from fewstep.caching import make_cache, weights_digest
 from fewstep.data.real import RealImages
 from fewstep.embedded.names import EMOJI, name_of
 from fewstep.errors import FewstepError
+from fewstep.live import watched
 from fewstep.models.backbone import Backbone
 from fewstep.models.text_encoders import encoder_kinds, freed, load_encoders, offload, text_encoders
 from fewstep.training.folder import noted
@@ -79,11 +80,12 @@ class Encoding:
             )
         if mode != "cache":
             refuse_unread(options, ["cache", "cache_dtype"], "text_encoder 'cache'")
+        beside = watched(backbone, ())
         asked = [texts, real.texts] if isinstance(real, RealImages) else [texts]
         usual = "float32" if embedded else "bfloat16"
         dtype = usual if options.cache_dtype == "auto" else options.cache_dtype
         folder = options.cache or out.absolute().parent / CACHE_FOLDER
-        return cls(backbone, mode, _DTYPES[dtype], folder, asked + _looked_at(backbone))
+        return cls(backbone, mode, _DTYPES[dtype], folder, asked + [beside.drawn, beside.held_out, beside.judged])
 
     @property
     def lossy(self) -> dict[str, str]:
@@ -122,17 +124,3 @@ def _refuse_changed(backbone: Backbone) -> None:
                 "loaded from there again after training, fix: --text-encoder offload (text_encoder='offload'), or save "
                 "the pipeline with save_pretrained and load that"
             )
-
-
-def _looked_at(backbone: Backbone) -> list[Sequence[str]]:
-    """Prompts that `live.usual_hooks` samples and scores beside those that are trained on."""
-    if backbone.makes_films:
-        from fewstep.evaluation.film_run import held_out_films
-
-        return [held_out_films(16, seed=1), held_out_films(16)]
-    if name_of(backbone.source) != EMOJI:
-        return []
-    from fewstep.evaluation.compare import default_prompts
-    from fewstep.evaluation.scenes import evaluation_captions
-
-    return [default_prompts(16), [str(caption) for caption in evaluation_captions(256)]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from fewstep.models.teacher import Teacher
 from fewstep.streaming.student import CausalStudent
 from fewstep.training.loop import Hooks
 from fewstep.training.parallel import leads
+
+_JUDGED = 256
 
 
 class LiveTeacher(Teacher):
@@ -69,6 +72,32 @@ class LiveCausalStudent(CausalStudent):
         return self._seats.student(x, t, condition)
 
 
+@dataclass(frozen=True)
+class Watched:
+    """The prompts a run is watched by."""
+
+    drawn: Sequence[str]
+    held_out: Sequence[str]
+    """Scored against the teacher."""
+    judged: Sequence[str]
+    """Scored by the judge of the embedded scenes."""
+
+
+def watched(backbone: Backbone, texts: Sequence[str]) -> Watched:
+    """An embedded teacher's held-out captions; for others the first of `texts`. Fewer are drawn of videos."""
+    from fewstep.evaluation.compare import default_prompts
+    from fewstep.evaluation.film_run import held_out_films
+    from fewstep.evaluation.scenes import evaluation_captions
+
+    shown = 4 if len(backbone.latent_shape) == 4 else 16
+    if backbone.makes_films:
+        return Watched(held_out_films(shown, seed=1), held_out_films(PROMPTS), [])
+    if name_of(backbone.source) != EMOJI:
+        return Watched(texts[:shown], texts[:PROMPTS], [])
+    judged = [str(caption) for caption in evaluation_captions(_JUDGED)]
+    return Watched(default_prompts(shown), judged[:PROMPTS], judged)
+
+
 def usual_hooks(
     seats: Roles,
     options: Options,
@@ -78,29 +107,19 @@ def usual_hooks(
     held_out: Sequence[str] | None = None,
 ) -> Hooks:
     """Sample grids, and scores if they are wanted: against the teacher, and the judge's if it knows the data."""
-    from fewstep.evaluation.compare import default_prompts
-    from fewstep.evaluation.film_run import held_out_films
     from fewstep.evaluation.pictures import save_pictures
-    from fewstep.evaluation.scenes import evaluation_captions
 
     layout = layout_of(options)
     student = LiveStudent(seats, options) if layout is None else LiveCausalStudent(seats, options, layout)
-    embedded, films = name_of(student.backbone.source) == EMOJI, student.backbone.makes_films
-    shown = 4 if len(student.backbone.latent_shape) == 4 else 16  # of videos a few
-    prompts = default_prompts(shown) if embedded else list(texts[:shown])  # `conditions` knows them
-    if films:
-        prompts = held_out_films(shown, seed=1)
+    prompts = watched(student.backbone, texts)
 
     def draw(iteration: int) -> None:
         for count in student.grids:
-            images = student.sample(prompts, list(range(len(prompts))), count)
+            images = student.sample(prompts.drawn, list(range(len(prompts.drawn))), count)
             if leads():
                 save_pictures(out / "samples" / f"{iteration:06d}-{count}-steps.png", images)
 
-    usual = list(map(str, evaluation_captions(PROMPTS))) if embedded else texts[:PROMPTS]
-    if films:
-        usual = held_out_films(PROMPTS)
-    teacher = HeldOut(LiveTeacher(seats).sample, held_out or usual)
+    teacher = HeldOut(LiveTeacher(seats).sample, held_out or prompts.held_out)
 
     def score(iteration: int) -> dict[str, float]:
         from fewstep.evaluation.run import evaluate_scenes
@@ -110,10 +129,10 @@ def usual_hooks(
         for count in student.grids:
             found[count] = teacher.compare(partial(student.sample, steps=count))
             row = {f"held out {name}": value for name, value in found[count].items()}
-            if embedded:
-                row |= evaluate_scenes(student, steps=count, count=256).scores.row()
+            if prompts.judged:
+                row |= evaluate_scenes(student, steps=count, count=_JUDGED).scores.row()
             numbers |= {f"{name}, {count} steps": value for name, value in row.items()}
-        scored = "frechet" if embedded else "held out distance"
+        scored = "frechet" if prompts.judged else "held out distance"
         scores = [numbers[f"{scored}, {count} steps"] for count in student.grids]
         numbers["score"] = sum(scores) / len(scores)
         numbers["sharpness"] = max(each["sharpness"] for each in found.values())

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sharded_causal as pair
 import tiny_flows
+from tests.two_processes import said, start
 
 import fewstep
 from fewstep.api import RoleOptions
@@ -26,13 +23,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = {"prompts": tiny_flows.PROMPTS[:2], "roles": RoleOptions(roles="copies")}
     settings = replace(pair.TRAIN, student_rate=1e-2)
     fewstep.distill(teacher, pair.OPTIONS, out=folder / "start", train_options=settings, **told)  # type: ignore[arg-type]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, pair.__file__, str(folder)], timeout=900, env=environment)  # tests look at it
+    start(pair.__file__, folder)
     return folder
 
 
 @pytest.mark.parametrize("check", pair.CHECKS)
 def test_the_two_say(folder: Path, check: str) -> None:
-    said = [json.loads((folder / f"checks-{rank}.json").read_text()) for rank in (0, 1)]
-    assert all(each.get(check) == "well" for each in said), [each.get(check, "was not reached") for each in said]
+    assert said(folder, check) == ["well", "well"]

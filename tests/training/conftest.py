@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.two_processes import start
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # for tiny pipelines
@@ -26,7 +25,5 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_flows.wan("a14b").save_pretrained(folder / "wan")
     sharded_pair.alone(folder)
     chain_pair.alone(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, sharded_pair.__file__, str(folder)], timeout=1800, env=environment)  # tests look at it
+    start(sharded_pair.__file__, folder)
     return folder

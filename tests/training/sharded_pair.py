@@ -6,13 +6,9 @@ and `checks-RANK.json` with what each check said. They go on with those of chain
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +18,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "models"), str(Path(__file__).parents[2])]
 
 import chain_pair  # noqa: E402
+from tests.two_processes import make  # noqa: E402
 from tiny_pixart import PROMPTS, perturb  # noqa: E402
 
 from fewstep.core.shards import fill_, is_sharded, whole  # noqa: E402
@@ -232,21 +229,5 @@ def alone(folder: Path) -> None:
     shutil.copytree(folder / "one-adapters", folder / "one-then-two")
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    said: dict[str, str] = {}
-    for name, check in (CHECKS | chain_pair.CHECKS).items():
-        try:
-            check(folder)
-            said[name] = "well"
-        except Exception:
-            said[name] = traceback.format_exc()
-        (folder / f"checks-{dist.get_rank()}.json").write_text(json.dumps(said))
-        if said[name] != "well":
-            os._exit(1)  # the other process waits for this one
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    make(CHECKS | chain_pair.CHECKS, Path(sys.argv[1]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import chain_pair as pair
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.two_processes import said
 
 from fewstep.errors import FewstepError
 from fewstep.evaluation.samples import read_sample
@@ -21,8 +21,7 @@ RUNS = {"phased-adapters": 2, "phased-copies": 2, "part-mixed": 2, "part-copies"
 
 @pytest.mark.parametrize("check", pair.CHECKS)
 def test_the_two_say(two_processes: Path, check: str) -> None:
-    said = [json.loads((two_processes / f"checks-{rank}.json").read_text()) for rank in (0, 1)]
-    assert all(each.get(check) == "well" for each in said), [each.get(check, "was not reached") for each in said]
+    assert said(two_processes, check) == ["well", "well"]
 
 
 @pytest.mark.parametrize("run", RUNS)

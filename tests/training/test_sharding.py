@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import sharded_pair as pair
 import torch
 from safetensors.torch import load_file
+from tests.two_processes import said
 from torch.testing import assert_close
 
 from fewstep.training.log import read_log
@@ -23,8 +23,7 @@ def folder(two_processes: Path) -> Path:
 
 @pytest.mark.parametrize("check", pair.CHECKS)
 def test_the_two_say(folder: Path, check: str) -> None:
-    said = [json.loads((folder / f"checks-{rank}.json").read_text()) for rank in (0, 1)]
-    assert all(each.get(check) == "well" for each in said), [each.get(check, "was not reached") for each in said]
+    assert said(folder, check) == ["well", "well"]
 
 
 @pytest.mark.parametrize("kind", pair.RUNS)

@@ -82,8 +82,7 @@ def main(arguments: list[str]) -> None:
     entries = read_entries(args.candidates, choose_device(args.device))
     films = all(of_films(entry.subject.model) for entry in entries)
     prompts, scored = _prompts(args, all(of_embedded(entry.subject.model) for entry in entries), films)
-    spaces = () if films and args.spaces == StudyOptions.spaces else args.spaces  # films have one of their own
-    options = StudyOptions(spaces=spaces, scores=args.rate, samples=args.samples)
+    options = StudyOptions(spaces=args.spaces, scores=args.rate, samples=args.samples)
     written = compare(
         entries,
         prompts,

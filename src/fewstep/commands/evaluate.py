@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -61,8 +61,6 @@ def main(arguments: list[str]) -> None:
         )
     captions = evaluation_captions(args.count) if own and of_embedded(model) else None
     films = film_captions(args.count) if own and of_films(model) else None
-    if films and args.spaces == StudyOptions.spaces:
-        args = replace(args, spaces=())  # films have one of their own
     told = captions or films
     prompts = [str(c) for c in told] if told else list(islice(read_prompts(args.prompts or ""), args.count))
     if isinstance(model, Teacher):

@@ -42,7 +42,8 @@ class StudyOptions:
     seed: int = 0
     """Which noise: seeds begin at 100,000 times this number. The reference has others."""
     spaces: tuple[str, ...] = ("judge",)
-    """Feature spaces, `NAME` or `NAME=SOURCE`: judge (embedded scenes only), clip, dinov2, inception=FILE."""
+    """Feature spaces, `NAME` or `NAME=SOURCE`: judge (embedded scenes only; films have their own),
+    clip, dinov2, inception=FILE."""
     scores: tuple[str, ...] = ()
     """Scores of single pictures, `NAME` or `NAME=SOURCE`: clip, pickscore, aesthetic=FOLDER, hpsv2.1=FOLDER."""
     reference: str = TEACHER
@@ -138,6 +139,8 @@ def study(
         FewstepError: bad options or missing weights, before any work.
     """
     options.validate()
+    if films is not None and options.spaces == StudyOptions.spaces:
+        options = replace(options, spaces=())  # films have one of their own
     if options.needs_teacher and (teacher is None or not isinstance(teacher.model, Teacher)):
         raise FewstepError("found no teacher to compare with, expected one, fix: pass --teacher, or --reference FOLDER")
     _check(subject, prompts, steps, options, captions if films is None else films)
