@@ -5,11 +5,12 @@
     python benchmarks/long_run.py --out DIR --batch 2 --steps 2 --guidance-scale 2 # options of `fewstep distill tdm`
 
 Starts `fewstep distill tdm` with logs, sample grids, checkpoints and, with `--evaluate-every`, evaluations, and looks
-at it from outside every `--every` iterations: resident memory, open file handles, and what lies in its folder. At the
-end it prints slopes by least squares over the second half of the run, where caches and the allocator have settled. It
-fails if memory grows by more than `--most` MiB per 1,000 iterations, or handles or checkpoints grow at all; the log and
-the grids grow by a line and a picture each time they are written, and no faster. It also prints how scores went, and
-what the monitors told.
+at it from outside every `--every` iterations, half way between two checkpoints: resident memory, open file handles,
+and what lies in its folder. At the end it prints slopes by least squares over the second half of the run, where caches
+and the allocator have settled. It fails if memory grows by more than `--most` MiB per 1,000 iterations, or handles or
+checkpoints grow at all; the log and the grids grow by a line and a picture each time they are written, and no faster.
+It also prints how scores went, and what the monitors told. What it saw at each look is kept beside the run, in
+DIR.looks.json.
 """
 
 from __future__ import annotations
@@ -58,13 +59,16 @@ def reached(log: Path) -> int:
 
 
 def watch(command: list[str], run: Path, every: int) -> list[dict[str, float]]:
-    """Runs `command`, and notes what it takes whenever another `every` iterations are in its log."""
+    """Runs `command`, and notes what it takes whenever another `every` iterations are in its log.
+
+    Half way between what it does every so often, which takes memory for a moment.
+    """
     notes: list[dict[str, float]] = []
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             time.sleep(0.1)
             iteration = reached(run / "log.jsonl")
-            if iteration >= (notes[-1]["iteration"] if notes else 0) + every:
+            if iteration >= (len(notes) + 0.5) * every:
                 try:
                     notes.append({"iteration": iteration, **usage(process.pid, run)})
                 except (FileNotFoundError, ProcessLookupError):
@@ -110,6 +114,7 @@ def main() -> None:
     command += ["--checkpoint-every", every, "--sample-every", every, "--evaluate-every", str(told.evaluate_every)]
     command += more
     notes = watch(command, told.out, told.every)
+    told.out.with_suffix(".looks.json").write_text(json.dumps(notes, indent=1) + "\n")
     half = notes[len(notes) // 2 :]
     if len(half) < 3:
         sys.exit(f"found {len(notes)} notes, expected 6 or more, fix: more iterations, or a smaller --every")
