@@ -21,7 +21,7 @@ from fewstep.models import build_roles
 from fewstep.models.pipelines import MASK
 from fewstep.planning.advice import _changes, advise
 from fewstep.planning.build import blueprint
-from fewstep.planning.memory import Run, plan
+from fewstep.planning.memory import Run, _validate, plan
 from fewstep.training.optimisers import make_optimiser, tensors
 from fewstep.training.options import TrainOptions
 
@@ -92,10 +92,15 @@ def test_sharding_divides_and_changes_are_tried_in_order(folders) -> None:
     steps = list(_changes(run_of(roles="copies", gpus=2)))
     assert [option for option, _, _ in steps] == [
         "--checkpointing", "--microbatch 1", "prompts encoded beforehand", "--shard", "--base-dtype bfloat16",
-        "--precision bf16", "--optimiser adamw8bit", "--roles adapters", "--base-dtype int8", "--base-dtype nf4",
+        "--precision bf16", "--roles adapters", "--shard --gpus 6",
     ]  # fmt: skip
     smallest = plan(print_, steps[-1][2]).total
     assert smallest < half.total < whole.total
+    assert [option for option, _, _ in _changes(run_of(roles="copies", gpus=1))] == [
+        "--checkpointing", "--microbatch 1", "prompts encoded beforehand", "--base-dtype bfloat16", "--precision bf16",
+        "--optimiser adamw8bit", "--roles adapters", "--base-dtype int8", "--base-dtype nf4",
+        "--shard --base-dtype bfloat16 --optimiser adamw --gpus 6",
+    ]  # fmt: skip
     start = run_of(base_dtype="int8", checkpointing=True, text_encoder="cache")
     room = plan(print_, next(_changes(start))[2]).total
     assert [(one.option, one.total, one.fits) for one in advise(print_, start, room)] == [
@@ -122,7 +127,7 @@ def test_the_command(folders, capsys) -> None:
     main(["tdm", *words, *_EVERYTHING, "--batch", "4", "--memory", "0.001GB"])
     told = capsys.readouterr().out
     assert "does not fit" in told
-    assert "--shard --gpus 4" in told
+    assert "--gpus 4" in told
 
 
 def test_sizes_and_refusals(folders) -> None:
@@ -134,3 +139,25 @@ def test_sizes_and_refusals(folders) -> None:
         plan(blueprint(folders["middle"]), run_of(roles="copies", base_dtype="nf4"))
     with pytest.raises(FewstepError, match="found 9 GPUs for batch = 6"):
         plan(blueprint(folders["middle"]), run_of(gpus=9))
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"base_dtype": "nf4"}, "base in nf4 for a sharded run"),
+        ({"optimiser": "adamw8bit"}, "optimiser = adamw8bit for a sharded run"),
+        ({"gpus": 4}, "batch = 6 for 4 processes"),
+        ({"precision": "fp16"}, "fp16 for sharded roles"),
+    ],
+)
+def test_a_sharded_run_that_distill_refuses_is_not_planned(folders, told: dict, words: str) -> None:
+    """Nor advised: every change from here on can be planned, and so launched."""
+    train = {name: told.pop(name) for name in ("optimiser", "precision") if name in told}
+    run = run_of(**{"gpus": 2, "shard": True} | told)
+    run = replace(run, train=replace(run.train, **train))
+    with pytest.raises(FewstepError, match=words):
+        plan(blueprint(folders["middle"]), run)
+    for start in (replace(run, shard=False), replace(run, shard=False, gpus=1)):
+        for option, _, changed in _changes(start):
+            _validate(changed)
+            assert changed.shard or "--shard" not in option

@@ -24,7 +24,7 @@ from fewstep.planning.calls import Call, calls_of
 from fewstep.planning.conditions import shapes
 from fewstep.planning.trace import Cost, trace
 from fewstep.training.optimisers import state_bytes
-from fewstep.training.options import TrainOptions
+from fewstep.training.options import TrainOptions, refuse_sharded
 
 _AHEAD = 2
 """Blocks that are whole at a time where weights are sharded: the one that computes and the next, being gathered."""
@@ -166,6 +166,8 @@ def _validate(run: Run) -> None:
             f"found {run.gpus} GPUs for batch = {run.train.batch}, expected 1 to as many as there are samples, "
             "fix: change --gpus or --batch"
         )
+    if run.shard:
+        refuse_sharded(run.train, run.gpus, run.base_dtype if run.base_dtype in PACKAGES else None)
     if run.base_dtype in PACKAGES and run.roles.roles != "adapters":
         raise FewstepError(
             f"found roles {run.roles.roles!r} on a base in {run.base_dtype}, expected adapters, since copies of "
