@@ -19,6 +19,7 @@ from fewstep.methods import preset
 from fewstep.methods.base import Batch
 from fewstep.models import build_roles
 from fewstep.models.pipelines import MASK
+from fewstep.models.text_encoders import text_encoders
 from fewstep.planning.advice import _changes, advise
 from fewstep.planning.build import blueprint
 from fewstep.planning.memory import Run, _validate, plan
@@ -91,13 +92,13 @@ def test_sharding_divides_and_changes_are_tried_in_order(folders) -> None:
     assert half.parts["gathered blocks"] > 0
     steps = list(_changes(run_of(roles="copies", gpus=2)))
     assert [option for option, _, _ in steps] == [
-        "--checkpointing", "--microbatch 1", "prompts encoded beforehand", "--shard", "--base-dtype bfloat16",
+        "--checkpointing", "--microbatch 1", "--text-encoder cache", "--shard", "--base-dtype bfloat16",
         "--precision bf16", "--roles adapters", "--shard --gpus 6",
     ]  # fmt: skip
     smallest = plan(print_, steps[-1][2]).total
     assert smallest < half.total < whole.total
     assert [option for option, _, _ in _changes(run_of(roles="copies", gpus=1))] == [
-        "--checkpointing", "--microbatch 1", "prompts encoded beforehand", "--base-dtype bfloat16", "--precision bf16",
+        "--checkpointing", "--microbatch 1", "--text-encoder cache", "--base-dtype bfloat16", "--precision bf16",
         "--optimiser adamw8bit", "--roles adapters", "--base-dtype int8", "--base-dtype nf4",
         "--shard --base-dtype bfloat16 --optimiser adamw --gpus 6",
     ]  # fmt: skip
@@ -139,6 +140,31 @@ def test_sizes_and_refusals(folders) -> None:
         plan(blueprint(folders["middle"]), run_of(roles="copies", base_dtype="nf4"))
     with pytest.raises(FewstepError, match="found 9 GPUs for batch = 6"):
         plan(blueprint(folders["middle"]), run_of(gpus=9))
+
+
+def test_text_encoders_are_counted_where_they_are(folders) -> None:
+    """While it trains only if they stay, and while prompts are encoded beside the weights that are loaded by then."""
+    backbone = load_teacher(folders["sd3"]).backbone
+    sizes = {name: sum(p.nbytes for p in part.parameters()) for name, part in text_encoders(backbone).items()}
+    others = sum(p.nbytes for p in backbone.pipeline.vae.parameters())
+    found = {mode: plan(blueprint(folders["sd3"]), run_of(text_encoder=mode)) for mode in ("keep", "cache", "offload")}
+    names = {name: name.replace("_", " ") for name in sizes}
+    assert {name: found["keep"].parts[names[name]] for name in sizes} == sizes
+    assert not [mode for mode in ("cache", "offload") if names.keys() & found[mode].parts.keys()]
+    parts = found["cache"].parts
+    weights = parts["frozen weights"] + parts["trained weights"] + others
+    assert (found["keep"].encoding, found["cache"].encoding) == (0, weights + sum(sizes.values()))
+    resting = weights + parts["optimiser"] + parts["average"] + max(sizes.values())
+    assert found["offload"].encoding == max(resting, found["cache"].encoding)
+    assert found["cache"].total >= found["cache"].encoding
+
+
+def test_the_command_decides_about_text_encoders_as_distill_does(folders, capsys, monkeypatch) -> None:
+    asked, words = [], ["--teacher", str(folders["middle"]), "--roles", "adapters", "--batch", "2", "--json"]
+    monkeypatch.setattr("fewstep.commands.plan.plan", lambda print_, run: asked.append(run) or plan(print_, run))
+    for more in ([], ["--text-encoder", "keep"]):
+        main(["tdm", *words, *more])
+    assert [run.text_encoder for run in asked] == ["cache", "keep"]
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def _changes(run: Run) -> Iterator[_Step]:
     if run.rows > 1:
         run = trained(run, microbatch=1)
         yield "--microbatch 1", "slower where the GPU is not full, same result", run
-    if run.text_encoder == "resident":
+    if run.text_encoder == "keep":
         run = replace(run, text_encoder="cache")
-        yield "prompts encoded beforehand", "their states on disk, same result", run
+        yield "--text-encoder cache", "prompts encoded beforehand, their states on disk", run
     if run.gpus > 1 and not run.shard:
         words, spread = _sharded(run, run.gpus)
         if words == "--shard" and run.train.batch % run.gpus == 0:
