@@ -48,8 +48,8 @@ from fewstep.training.loop import Hooks, PairData, RealData, train
 from fewstep.training.monitors.best import FOLDER as BEST_FOLDER
 from fewstep.training.monitors.best import GROUP, read_best
 from fewstep.training.monitors.guard import Alarmed
-from fewstep.training.options import TrainOptions
-from fewstep.training.parallel import Group, process_group
+from fewstep.training.options import TrainOptions, refuse_sharded
+from fewstep.training.parallel import Group, process_group, processes
 from fewstep.training.trainee import copy_tensors
 from fewstep.unread import refuse_unread
 
@@ -442,16 +442,8 @@ def check_sharding(backbone: Backbone, roles: RoleOptions, train_options: TrainO
             "found a teacher whose weights were left on disk, expected a sharded distillation to read them, "
             "fix: RoleOptions(shard=True) (--shard), or load_teacher without defer"
         )
-    if roles.shard and backbone.quantised:
-        raise FewstepError(
-            f"found a base in {backbone.quantised} for a sharded run, expected bfloat16 or float32, since rounded "
-            "weights are not divided, fix: --base-dtype bfloat16, or leave --shard off"
-        )
-    if roles.shard and train_options.optimiser != "adamw":
-        raise FewstepError(
-            f"found optimiser = {train_options.optimiser} for a sharded run, expected adamw, whose moments are divided "
-            "among the processes, fix: --optimiser adamw, or leave --shard off"
-        )
+    if roles.shard:
+        refuse_sharded(train_options, processes(), backbone.quantised)
     if roles.shard and makes_pairs:
         raise FewstepError(
             "found a method that regresses to samples of the teacher, expected them made before a sharded run, "

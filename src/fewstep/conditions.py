@@ -39,6 +39,17 @@ class TextOptions:
     """Of cached embeddings; `auto`: bfloat16, float32 for the embedded teachers. float32 is lossless."""
 
 
+def mode_of(told: str, backbone: Backbone, own: bool = False) -> str:
+    """`TextOptions.text_encoder` with "auto" decided; `own` says that hooks or data of the caller's encode prompts."""
+    if told != "auto":
+        return told
+    return "keep" if _embedded(backbone) else "offload" if own else "cache"
+
+
+def _embedded(backbone: Backbone) -> bool:
+    return backbone.makes_films or name_of(backbone.source) == EMOJI
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How the prompts of one distillation are encoded."""
@@ -68,11 +79,7 @@ class Encoding:
             FewstepError: real data whose texts are not known, with a cache.
         """
         options = options or TextOptions()
-        embedded = backbone.makes_films or name_of(backbone.source) == EMOJI
-        mode = options.text_encoder
-        if mode == "auto":
-            own = own or not isinstance(real, RealImages | None)
-            mode = "keep" if embedded else "offload" if own else "cache"
+        mode = mode_of(options.text_encoder, backbone, own or not isinstance(real, RealImages | None))
         if mode == "cache" and not isinstance(real, RealImages | None):
             raise FewstepError(
                 f"found real data of the kind {type(real).__name__} with a cache of prompts, expected RealImages, "
@@ -82,7 +89,7 @@ class Encoding:
             refuse_unread(options, ["cache", "cache_dtype"], "text_encoder 'cache'")
         beside = watched(backbone, ())
         asked = [texts, real.texts] if isinstance(real, RealImages) else [texts]
-        usual = "float32" if embedded else "bfloat16"
+        usual = "float32" if _embedded(backbone) else "bfloat16"
         dtype = usual if options.cache_dtype == "auto" else options.cache_dtype
         folder = options.cache or out.absolute().parent / CACHE_FOLDER
         return cls(backbone, mode, _DTYPES[dtype], folder, asked + [beside.drawn, beside.held_out, beside.judged])

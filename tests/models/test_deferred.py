@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_families
@@ -16,6 +17,8 @@ from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.models import Backbone, build_roles, choose_scheduler, load_backbone
 from fewstep.models.sharding import shard
+from fewstep.models.teacher import Teacher
+from fewstep.training.options import TrainOptions
 
 FAMILIES = ["pixart", "sd15", "sd3", "flux-dev", "qwen_image", "z_image", "cogvideox", "wan", "wan-a14b"]
 
@@ -66,6 +69,36 @@ def test_what_needs_the_weights_says_so(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FewstepError, match="left on disk.*--shard"):
         distill(teacher, "tdm", out=tmp_path / "run", prompts=PROMPTS, roles=RoleOptions())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch": 3}, "batch = 3 for 2 processes"),
+        ({"precision": "fp16"}, "fp16 for sharded roles"),
+        ({"optimiser": "adamw8bit"}, "optimiser = adamw8bit for a sharded run"),
+    ],
+)
+def test_a_sharded_run_is_refused_before_prompts_are_encoded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str
+) -> None:
+    """As torchrun's processes ask it, before they have met."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = TrainOptions(**{"batch": 4, **options})
+    with pytest.raises(FewstepError, match=words):
+        distill(folder, "tdm", out=tmp_path / "run", prompts=PROMPTS, roles=RoleOptions(shard=True), train_options=told)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FewstepError, match="samples of the teacher.*pairs="):
+        distill(folder, "dmd", out=tmp_path / "run", prompts=PROMPTS, roles=RoleOptions(shard=True))
+
+
+def test_a_rounded_base_is_not_sharded(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FewstepError, match="defer with a base in int8"):
+        load_backbone(folder, quantised="int8", defer=True)
+    backbone = load_backbone(folder)
+    backbone.quantised = "int8"
+    with pytest.raises(FewstepError, match="base in int8 for a sharded run.*--shard off"):
+        distill(Teacher(backbone), "tdm", out=tmp_path / "run", prompts=PROMPTS, roles=RoleOptions(shard=True))
 
 
 def test_a_folder_of_other_names_is_refused(tmp_path: Path) -> None:

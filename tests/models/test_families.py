@@ -28,8 +28,6 @@ from fewstep.training.options import TrainOptions
 SEEDS = [3, 4]
 GLOBAL_NOISE = ("sd3", "sd35", "flux-dev", "flux-schnell")
 """Families whose pipelines draw what a step adds from torch's global generator, not from the one they are given."""
-ALIKE = (("flux-schnell", "dmd2"), ("pixart-sigma", "dmd2"))
-"""What another member of the family shows as well: same network class, same pipeline's way with noise."""
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -89,10 +87,8 @@ def test_pictures_are_the_pipelines(folders, family: str) -> None:
     torch.testing.assert_close(ours.float(), expected * 255, rtol=0, atol=0.6)
 
 
-@pytest.mark.parametrize(
-    ("family", "method"),
-    [(family, method) for method in ("tdm", "dmd2") for family in FAMILIES if (family, method) not in ALIKE],
-)
+@every_family
+@pytest.mark.parametrize("method", ["tdm", "dmd2"])
 def test_distil_export_and_sample_with_the_stock_pipeline(folders, family: str, method: str, tmp_path: Path) -> None:
     """Three iterations with adapters, discriminator and checkpointing; then what the README tells users to type."""
     teacher = load(folders, family)

@@ -22,7 +22,7 @@ from fewstep.api import RoleOptions, defaults
 from fewstep.core.process import DiscreteVP
 from fewstep.data.real import RealImages
 from fewstep.errors import FewstepError
-from fewstep.models import build_roles, load_backbone, seeded_noise
+from fewstep.models import build_roles, choose_scheduler, load_backbone, seeded_noise
 from fewstep.models.film import FilmPipeline
 from fewstep.models.student import Student
 from fewstep.models.teacher import Teacher
@@ -175,6 +175,16 @@ def test_a_student_loads_in_the_stock_pipeline(case: Case, method: str, tmp_path
     told = {**case.family.unguided, **case.family.size, **case.family.call}
     assert all(f"{name}={value}" in readme for name, value in told.items())
     assert (".frames[0]" if len(backbone.latent_shape) == 4 else ".images[0]") in readme
+
+
+def test_students_that_renoise_have_a_scheduler(case: Case) -> None:
+    """On the family's own grid; that its samples are of our law is looked at before it is chosen."""
+    backbone = case.teacher.backbone
+    options: Any = defaults(case.teacher, "dmd2")[0]
+    assert options.eta == 0
+    chosen = choose_scheduler(backbone, [options.time_grid(4)], eta=0.0).scheduler
+    discrete = isinstance(backbone.process, DiscreteVP)
+    assert type(chosen).__name__ == "LCMScheduler" if discrete else chosen.config.stochastic_sampling
 
 
 def test_adapters_sit_in_all_named_layers_and_checkpointing_changes_no_gradient(case: Case) -> None:

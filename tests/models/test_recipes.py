@@ -66,9 +66,9 @@ def test_rates_are_for_the_recipes_roles(sd15: Path) -> None:
 
 def test_adapters_have_the_scale_that_they_were_measured_with() -> None:
     kinds = {kind.__name__: kind.recipe.settings("tdm") for kind in built_in()}
-    found = {name: applied(RoleOptions(), kinds[name]) for name in ("QwenImage", "ZImage", "Wan")}
+    found = {name: applied(RoleOptions(), kinds[name]) for name in ("StableDiffusion3", "QwenImage", "ZImage", "Wan")}
     assert {name: (roles.rank, roles.alpha) for name, roles in found.items()} == {
-        "QwenImage": (64, 8), "ZImage": (32, 64), "Wan": (64, None),
+        "StableDiffusion3": (32, 64), "QwenImage": (64, 8), "ZImage": (32, 64), "Wan": (64, None),
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fewstep.api import EMOJI, defaults
 from fewstep.commands.common import parse
 from fewstep.commands.distill import SizeOptions, _given
+from fewstep.conditions import mode_of
 from fewstep.embedded.names import named
 from fewstep.errors import FewstepError
 from fewstep.planning.advice import Change, advise
@@ -38,8 +39,9 @@ class PlanOptions:
     """Of it, left for CUDA's context, kernels' scratch memory and what the allocator wastes. Not measured."""
     base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
     """Of the frozen teacher's weights."""
-    text_encoder: Literal["resident", "cache"] = "resident"
-    """Whether text encoders stay in memory, or prompts are encoded beforehand."""
+    text_encoder: Literal["auto", "cache", "offload", "keep"] = "auto"
+    """As of `fewstep distill`: prompts encoded beforehand, by encoders that wait on the CPU, or that stay in memory;
+    `auto`: cache, but keep for the embedded teachers."""
     words: int | None = None
     """Text tokens of the longest prompt, for families that cut padding off; the most there can be unless told."""
     prompt_count: int = 0
@@ -73,7 +75,8 @@ def main(arguments: list[str]) -> None:
     size = {name: value for name, value in size.items() if value is not None}
     print_ = blueprint(named(told.teacher), size=size)
     run = Run(
-        args.method, args.roles, args.train, told.base_dtype, told.gpus, args.roles.shard, told.text_encoder, told.words
+        args.method, args.roles, args.train, told.base_dtype, told.gpus, args.roles.shard,
+        mode_of(told.text_encoder, print_.backbone), told.words,
     )  # fmt: skip
     found = plan(print_, run)
     changes = [] if found.total <= room else list(advise(print_, run, room))
@@ -102,6 +105,7 @@ def _report(found: Plan, run: Run, told: PlanOptions, room: int, changes: Iterab
         "parameters": dict(found.parameters),
         "bytes_per_gpu": dict(found.parts),
         "bytes_total": sum(found.parts.values()),
+        "bytes_encoding": found.encoding,
         "bytes_saving": found.saving,
         "bytes_headroom": room - found.total,
         "fits": found.total <= room,
@@ -138,6 +142,8 @@ def _print(report: dict[str, Any], teacher: str, method: str, run: Run) -> None:
     for name, size in report["bytes_per_gpu"].items():
         table.add_row(name, _gib(size))
     table.add_section()
+    if report["bytes_encoding"]:
+        table.add_row("while prompts are encoded", _gib(report["bytes_encoding"]))
     table.add_row("while it trains", _gib(report["bytes_total"]))
     table.add_row("while the student is saved", _gib(report["bytes_saving"]))
     table.add_row("headroom", _gib(report["bytes_headroom"]))

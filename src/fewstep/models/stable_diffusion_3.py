@@ -48,6 +48,7 @@ class StableDiffusion3(Backbone):
         critic_rate=Setting(3e-4, _TDM_R1),
         roles=Setting("adapters", _TDM_R1),
         rank=Setting(32, _TDM_R1),
+        alpha=Setting(64, _TDM_R1),
     )
 
     @property

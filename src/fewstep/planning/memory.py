@@ -24,7 +24,7 @@ from fewstep.planning.calls import Call, calls_of
 from fewstep.planning.conditions import shapes
 from fewstep.planning.trace import Cost, trace
 from fewstep.training.optimisers import state_bytes
-from fewstep.training.options import TrainOptions
+from fewstep.training.options import TrainOptions, refuse_sharded
 
 _AHEAD = 2
 """Blocks that are whole at a time where weights are sharded: the one that computes and the next, being gathered."""
@@ -40,7 +40,8 @@ class Run:
     base_dtype: str = "float32"
     gpus: int = 1
     shard: bool = False
-    text_encoder: str = "resident"
+    text_encoder: str = "keep"
+    """"keep", "offload" or "cache", as `TextOptions` has them."""
     words: int | None = None
 
     @property
@@ -62,6 +63,8 @@ class Plan:
     """Numbers: of the frozen network, and trained of student and critic (with a discriminator)."""
     parts: Mapping[str, int]
     """Bytes by part while it trains; those of weights, gradients, optimiser and average are exact."""
+    encoding: int
+    """Bytes held while prompts are encoded by text encoders that are not there while it trains; 0 if they are."""
     saving: int
     """Bytes held while the student is written at the end, without activations."""
     cache_per_prompt: int
@@ -76,7 +79,7 @@ class Plan:
     @property
     def total(self) -> int:
         """Bytes at the fullest moment."""
-        return max(sum(self.parts.values()), self.saving)
+        return max(sum(self.parts.values()), self.encoding, self.saving)
 
     def seconds(self, run: Run, per_forward: float) -> float:
         """Of an iteration, where a forward of one sample takes `per_forward` seconds on one of the GPUs."""
@@ -111,8 +114,8 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     frames = print_.backbone.latent_shape[FRAMES - 1] if method.needs.causal else 0
     phases = calls_of(run.options, roles.process, run.rows, frames)
     others = {name: numbers * _bytes(run) for name, numbers in print_.others.items()}
-    if run.text_encoder != "resident":
-        others = {name: size for name, size in others.items() if "text_encoder" not in name}
+    encoders = {name: size for name, size in others.items() if "text_encoder" in name and run.text_encoder != "keep"}
+    others = {name: size for name, size in others.items() if name not in encoders}
     parts = {
         "frozen weights": frozen,
         "trained weights": sum(p.nbytes for p in every),
@@ -124,6 +127,7 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     if run.shard:
         parts["gathered blocks"] = gathered
     at_rest = sum(parts.values())
+    encoding = _encoding(parts, others, encoders, run)
     parts |= {name.replace("_", " "): size for name, size in others.items()}
     parts["prompts and paths"] = _prompts_and_paths(roles, run)
     if any(call.seen is not None for calls in phases.values() for call in calls):
@@ -150,6 +154,7 @@ def plan(print_: Blueprint, run: Run) -> Plan:
     return Plan(
         parameters={"frozen": frozen_numbers, **numbers},
         parts=parts,
+        encoding=encoding,
         saving=at_rest + sum(others.values()) + average,  # the student itself, while the average stands in its place
         cache_per_prompt=sum(2 * math.prod(shape) for shape in told.values()),
         forwards=method.forwards(),
@@ -166,6 +171,8 @@ def _validate(run: Run) -> None:
             f"found {run.gpus} GPUs for batch = {run.train.batch}, expected 1 to as many as there are samples, "
             "fix: change --gpus or --batch"
         )
+    if run.shard:
+        refuse_sharded(run.train, run.gpus, run.base_dtype if run.base_dtype in PACKAGES else None)
     if run.base_dtype in PACKAGES and run.roles.roles != "adapters":
         raise FewstepError(
             f"found roles {run.roles.roles!r} on a base in {run.base_dtype}, expected adapters, since copies of "
@@ -263,6 +270,19 @@ def _remembered(roles: Roles, run: Run) -> int:
     words = shapes(backbone, run.words)[STATES][0]
     numbers = (2 if half else 4) * (finished * tokens + words) + 4 * blended * tokens
     return run.share * 2 * config.num_layers * config.num_attention_heads * config.attention_head_dim * numbers
+
+
+def _encoding(at_rest: Mapping[str, int], others: Mapping[str, int], encoders: Mapping[str, int], run: Run) -> int:
+    """Most bytes while text encoders that are not there during training encode prompts; their activations come on top.
+
+    A teacher is loaded whole, so that before training all encoders are beside the networks. Offloaded ones come back
+    one at a time, when optimiser and average are there too.
+    """
+    if not encoders:
+        return 0
+    loaded = at_rest["frozen weights"] + at_rest["trained weights"] + sum(encoders.values())
+    visited = sum(at_rest.values()) + max(encoders.values()) if run.text_encoder == "offload" else 0
+    return max(loaded, visited) + sum(others.values())
 
 
 def _gradients(phase: str, calls: list[Call], trained: Mapping[str, list[nn.Parameter]], run: Run) -> int:

@@ -27,7 +27,7 @@ from fewstep.training.log import Log
 from fewstep.training.monitors.guard import Guard
 from fewstep.training.monitors.null import null_numbers
 from fewstep.training.networks import Meter, Networks
-from fewstep.training.options import TrainOptions
+from fewstep.training.options import TrainOptions, refuse_sharded
 from fewstep.training.parallel import Group, process_group
 from fewstep.training.progress import Progress
 from fewstep.training.signals import Stopped, StopRequest
@@ -188,7 +188,7 @@ def train(
                 "fix: raise --batch or start fewer processes"
             )
         if sharded:
-            _validate_sharded(options, group)
+            refuse_sharded(options, group.size)
             networks.in_step()
         stop = stack.enter_context(closing(StopRequest()))
         named = dict(zip(roles.student_state(), roles.student_parameters(), strict=True))
@@ -344,20 +344,6 @@ def _help_save(state: State, out: Path, hooks: Hooks, iteration: int) -> Path:
         with state.ema.applied():
             hooks.save(iteration, checkpoint.unfinished(folder))
     return folder
-
-
-def _validate_sharded(options: TrainOptions, group: Group) -> None:
-    """Refuses what sharded processes could not do in step."""
-    if options.batch % group.size:
-        raise FewstepError(
-            f"found batch = {options.batch} for {group.size} processes that share their weights, expected a multiple, "
-            "so that all make the same calls, fix: change --batch or the number of processes"
-        )
-    if options.precision == "fp16":
-        raise FewstepError(
-            "found precision fp16 for sharded roles, expected fp32 or bf16 (a loss scale would have to be agreed on), "
-            "fix: --precision bf16"
-        )
 
 
 def _validate(

@@ -143,3 +143,31 @@ class TrainOptions:
         """
         free = FREE_ON_RESUME if self.schedule == "cosine" else FREE_ON_RESUME | {"iterations"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+
+def refuse_sharded(options: TrainOptions, processes: int, quantised: str | None = None) -> None:
+    """Refuses what `processes` that share all weights among them cannot do.
+
+    Raises:
+        FewstepError: a rounded base, a batch that is no multiple of them, 8-bit moments, or fp16.
+    """
+    if quantised is not None:
+        raise FewstepError(
+            f"found a base in {quantised} for a sharded run, expected bfloat16 or float32, since rounded weights are "
+            "not divided, fix: --base-dtype bfloat16, or leave --shard off"
+        )
+    if options.optimiser != "adamw":
+        raise FewstepError(
+            f"found optimiser = {options.optimiser} for a sharded run, expected adamw, whose moments are divided among "
+            "the processes, fix: --optimiser adamw, or leave --shard off"
+        )
+    if options.batch % processes:
+        raise FewstepError(
+            f"found batch = {options.batch} for {processes} processes that share their weights, expected a multiple, "
+            "so that all make the same calls, fix: change --batch or the number of processes"
+        )
+    if options.precision == "fp16":
+        raise FewstepError(
+            "found precision fp16 for sharded roles, expected fp32 or bf16 (a loss scale would have to be agreed on), "
+            "fix: --precision bf16"
+        )

@@ -69,6 +69,11 @@ def agreement() -> Callable[[bool], bool]:
     return any_of
 
 
+def processes() -> int:
+    """How many `process_group` joins, or will join, asked at any time."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def leads() -> bool:
     """Whether this is the process that writes files: the first, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
