@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fewstep.attention.sparse import SparseOptions
 from fewstep.api import STUDENT_FOLDER, RoleOptions, distill, load_teacher
 from fewstep.conditions import TextOptions
 from fewstep.core.files import checksum
@@ -185,7 +186,7 @@ def _asked(run: Path) -> _Asked:
             teacher_guidance=float(told["guidance_scale"]),
             digest=str(record[DATA]["teacher"]),
             options=_options(configuration["method"]),
-            roles=_restored(RoleOptions, origin["roles"]),
+            roles=_restored(RoleOptions, _with_sparse(origin["roles"])),
             train=_restored(TrainOptions, record["options"]),
             text=_restored(TextOptions, _with_path(origin["text"])),
             sizes=[str(size) for size in origin["sizes"]],
@@ -285,6 +286,10 @@ def _restored(kind: type[_T], values: Mapping[str, Any]) -> _T:
             "the version of fewstep that the run was made with"
         )
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _with_sparse(roles: Mapping[str, Any]) -> dict[str, Any]:
+    return {**roles, "sparse": _restored(SparseOptions, roles.get("sparse", {}))}  # runs before there was one
 
 
 def _with_path(text: Mapping[str, Any]) -> dict[str, Any]:

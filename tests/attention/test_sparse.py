@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,12 +103,11 @@ def test_the_whole_operation_has_its_numeric_gradient(name: str) -> None:
 
 
 def test_the_engine_follows_from_device_length_and_block() -> None:
-    short, long = torch.empty(1, 1, 1024, 1), torch.empty(1, 1, 1025, 1)
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), shape=short.shape)
-    assert [chosen_engine("auto", x, 128) for x in (short, long, on_gpu)] == ["masked", "gathered", "flex"]  # type: ignore[arg-type]
-    assert chosen_engine("auto", on_gpu, 64) == "masked"  # type: ignore[arg-type]
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [chosen_engine("auto", cpu, tokens, 128) for tokens in (1024, 1025)] == ["masked", "gathered"]
+    assert [chosen_engine("auto", gpu, 1024, block) for block in (128, 64)] == ["flex", "masked"]
     with pytest.raises(FewstepError, match="found FlexAttention for blocks of 128 tokens on cpu"):
-        chosen_engine("flex", short, 128)
+        chosen_engine("flex", cpu, 1024, 128)
 
 
 # Known answers of the whole

@@ -62,7 +62,7 @@ def sparse_attention(
         seen[..., first:, :] = True
         seen[..., first:] = True
     coarse = pooled(key[:, :, :visual], value[:, :, :visual], options.window) if options.kind == "asa-gt" else None
-    attend = ENGINES[chosen_engine(options.engine, query, options.block)]
+    attend = ENGINES[chosen_engine(options.engine, query.device, tokens, options.block)]
     return attend(query, key, value, seen, options.block, coarse)[:, :, back]
 
 

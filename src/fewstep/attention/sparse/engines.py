@@ -39,21 +39,21 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int, Coarse | None], Tensor]
 """(query, key, value (B, H, N, D), seen (B, H, n, n) bool, b, coarse) -> (B, H, N, D)."""
 
 
-def chosen_engine(name: str, query: Tensor, block: int) -> str:
+def chosen_engine(name: str, device: torch.device, tokens: int, block: int) -> str:
     """The engine called `name`; for "auto" FlexAttention on a GPU, else by the number of tokens.
 
     Raises:
         FewstepError: FlexAttention where it has no backward, or with blocks that its kernels do not have.
     """
-    fits = query.device.type == "cuda" and block % _TILE == 0
+    fits = device.type == "cuda" and block % _TILE == 0
     if name == "flex" and not fits:
         raise FewstepError(
-            f"found FlexAttention for blocks of {block} tokens on {query.device.type}, expected a GPU (it has no "
+            f"found FlexAttention for blocks of {block} tokens on {device.type}, expected a GPU (it has no "
             f"backward elsewhere) and a multiple of {_TILE}, fix: --sparse-engine auto"
         )
     if name != "auto":
         return name
-    return "flex" if fits else "masked" if query.shape[2] <= _SHORT else "gathered"
+    return "flex" if fits else "masked" if tokens <= _SHORT else "gathered"
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, block: int, coarse: Coarse | None) -> Tensor:

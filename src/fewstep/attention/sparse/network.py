@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial, update_wrapper
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ def make_sparse(
             "diffusers transformer, fix: leave --sparse at dense"
         )
     for number, module in enumerate(found):
-        stock = module.processor
+        before: Any = module.processor
+        stock = before._stock if isinstance(before, _Sparse) else before
         module.set_processor(_Sparse(stock, number, sequence, options, active))  # type: ignore[operator]
 
 
@@ -65,6 +67,8 @@ class _Sparse:
     ) -> None:
         self._stock, self._layer, self._sequence = stock, layer, sequence
         self._options, self._active = options, active
+        # diffusers asks the signature of this which arguments the processor takes, and drops others
+        vars(self)["__call__"] = update_wrapper(partial(type(self).__call__, self), stock.__call__)
 
     def __call__(self, attn: Any, *args: Any, **more: Any) -> Any:
         if not self._active():

@@ -13,6 +13,7 @@ from fewstep.unread import refuse_unread
 Kind = Literal["dense", "asa", "asa-gt"]
 Order = Literal["gilbert", "raster"]
 Engine = Literal["auto", "flex", "gathered", "masked"]
+_LARGEST = 2**13
 _OF_A_RUN = ("engine", "critic")  # say how it is computed and trained, not what a student is
 
 
@@ -61,7 +62,8 @@ class SparseOptions:
         Raises:
             FewstepError: with what was found, what was expected and the likely fix.
         """
-        for name, value, choices in (("kind", self.kind, Kind), ("order", self.order, Order), ("engine", self.engine, Engine)):
+        chosen = (("kind", self.kind, Kind), ("order", self.order, Order), ("engine", self.engine, Engine))
+        for name, value, choices in chosen:
             if value not in get_args(choices):
                 raise FewstepError(
                     f"found {name} = {value!r}, expected one of {get_args(choices)}, fix: choose one of them"
@@ -76,9 +78,10 @@ class SparseOptions:
         if not critic:
             refuse_unread(self, ["critic"], "a method that has one")
         for name, number, low in (("block", self.block, 2), ("samples", self.samples, 1), ("window", self.window, 2)):
-            if number < low:
+            if not low <= number <= _LARGEST:
                 raise FewstepError(
-                    f"found sparse {name} = {number}, expected {low} or more, fix: block 128, samples 32, window 30"
+                    f"found sparse {name} = {number}, expected {low} to {_LARGEST} tokens, fix: block 128, samples 32, "
+                    "window 30"
                 )
         if self.samples > self.block:
             raise FewstepError(
