@@ -1,7 +1,7 @@
 """Sparse attention against dense: error and time by sparsity and engine: `python benchmarks/sparse_attention.py`.
 
 One call of self-attention on made-up queries, keys and values that are smooth over the grid of tokens, as those of
-pictures and videos are. Rows are settings, from few blocks to all; times are of one forward and of forward and backward,
+pictures and videos are. Rows are settings, from few blocks to all; times are of one forward / of forward and backward,
 on the CPU as time of the process, on a GPU by events. The GPU's sizes are those of published networks:
 
     python benchmarks/sparse_attention.py --device cuda --sizes wan-1.3b cogvideox-5b
@@ -152,7 +152,8 @@ def table(name: str, rows: list[dict[str, object]], engines: list[str]) -> str:
     size = SIZES[name]
     tokens = size.grid[0] * size.grid[1] * size.grid[2] + size.text
     heads = ["setting", "sparsity", "rows at most", "error", *(f"{engine}, ms" for engine in ("dense", *engines))]
-    lines = [f"{name}: {tokens} tokens, {size.heads} heads of {size.width}, {asdict(size)}", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]  # fmt: skip
+    about = ", ".join(f"{key} {value}" for key, value in asdict(size).items())
+    lines = [f"{name}: {tokens} tokens ({about})", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in rows:
         cells = [str(row["setting"]), *(f"{row[key]:.3f}" for key in ("sparsity", "bound", "error"))]
         for engine in ("dense", *engines):

@@ -331,8 +331,9 @@ def test_an_option_of_roles_does_something(name: str, loaded: Any, tiny_teacher:
 
 
 SPARSE: dict[str, tuple[dict[str, Any], Any]] = {
-    "kind": ({"window": 30}, "asa"), "block": ({}, 8), "samples": ({}, 1), "mass": ({}, 0.3), "least": ({"mass": 0.1}, 0.5),
-    "most": ({}, 0.4), "window": ({}, 8), "order": ({}, "raster"), "engine": ({}, "flex"), "critic": ({}, True),
+    "kind": ({"window": 30}, "asa"), "block": ({}, 8), "samples": ({}, 1), "mass": ({}, 0.3),
+    "least": ({"mass": 0.1}, 0.5), "most": ({}, 0.4), "window": ({}, 8), "order": ({}, "raster"),
+    "engine": ({}, "flex"), "critic": ({}, True),
 }  # fmt: skip
 
 

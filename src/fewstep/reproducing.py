@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from fewstep.attention.sparse import SparseOptions
 from fewstep.api import STUDENT_FOLDER, RoleOptions, distill, load_teacher
+from fewstep.attention.sparse import SparseOptions
 from fewstep.conditions import TextOptions
 from fewstep.core.files import checksum
 from fewstep.data.sources import read_prompts

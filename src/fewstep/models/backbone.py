@@ -222,8 +222,8 @@ class Backbone(ABC):
             FewstepError: the family does not say so, and has no sparse students.
         """
         raise FewstepError(
-            f"found a {type(self.network).__name__} to be made sparse, expected a family that says where its tokens lie "
-            "(Wan, CogVideoX, PixArt, SD3, FLUX), fix: leave --sparse at dense"
+            f"found a {type(self.network).__name__} to be made sparse, expected a family that says where its "
+            "tokens lie (Wan, CogVideoX, PixArt, SD3, FLUX), fix: leave --sparse at dense"
         )
 
     def sparse(self, network: nn.Module, options: SparseOptions, active: Callable[[], bool] = lambda: True) -> None:

@@ -304,7 +304,7 @@ def build_roles(
     Raises:
         FewstepError: unknown kind, layers or discriminator, a rank below 1, an alpha not above 0, a discriminator
             without the critic it should read, or on a backbone that does not say where its features are; a full copy of
-            a quantised base; a causal or sparse student of a family that has none, or compiled, or both causal and sparse.
+            a quantised base; a causal or sparse student of a family that has none, or compiled, or both.
     """
     if kind not in get_args(Kind):
         raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")

@@ -1,6 +1,6 @@
 """Which blocks of keys a block of queries sees: what a few tokens of each make of one another.
 
-Legend: B batch, H heads, N tokens, D width of a head, b tokens of a block, n = ceil(N / b) blocks, k samples of a block.
+Legend: B batch, H heads, N tokens, D width of a head, b tokens of a block, n = ceil(N / b) blocks, k samples of each.
 No gradient goes through a choice, which is a function of queries and keys alone: the samples of a layer's heads are
 drawn once and for all (the release draws them anew in every call), so that a seed makes a picture, activation
 checkpointing computes again what it saw, and training and sampling look at the same tokens.

@@ -128,9 +128,7 @@ def _heads(coarse: Coarse) -> list[Coarse]:
     return [Coarse(*parts, coarse.bias) for parts in zip(*(x.flatten(0, 1) for x in coarse[:2]), strict=True)]
 
 
-def _one_head(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, real: Tensor, coarse: Coarse | None
-) -> Tensor:
+def _one_head(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, real: Tensor, coarse: Coarse | None) -> Tensor:
     """(n, b, D) of blocks (n, b, D); `seen` is (n, n), `real` says which tokens of the blocks (n, b) there are."""
     counts, order = seen.sum(1).sort(descending=True)
     many = counts.tolist()
