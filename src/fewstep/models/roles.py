@@ -372,7 +372,7 @@ def build_roles(
 def _make_sparse(roles: Roles, backbone: Backbone, options: SparseOptions) -> None:
     """Sparse attention for the student, and the critic if it is asked for, wherever they sit."""
     seats = [roles.student_seat] + ([roles._critic] if options.critic and roles._critic is not None else [])
-    dense = {None} if options.critic else {None, CRITIC}
+    dense: set[str | None] = {None} if options.critic else {None, CRITIC}
     for network, switch in {(seat.network, seat.switch) for seat in seats}:
         if switch is None:
             backbone.sparse(network, options)

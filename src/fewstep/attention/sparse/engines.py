@@ -74,12 +74,13 @@ def gathered(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, block: int
     """
     tokens, blocks = query.shape[2], seen.shape[-1]
     filling = (0, 0, 0, blocks * block - tokens)
-    in_blocks = [pad(part, filling).unflatten(2, (blocks, block)).flatten(0, 1) for part in (query, key, value)]
+    queries, keys, values = (
+        pad(part, filling).unflatten(2, (blocks, block)).flatten(0, 1) for part in (query, key, value)
+    )
     real = torch.arange(blocks * block, device=query.device).view(blocks, block) < tokens
-    further = [None] * seen[..., 0, 0].numel() if coarse is None else _heads(coarse)
     parts = [
-        _one_head(*of_head, which, real, more)  # type: ignore[arg-type]
-        for *of_head, which, more in zip(*in_blocks, seen.flatten(0, 1), further, strict=True)
+        _one_head(queries[head], keys[head], values[head], which, real, _of_head(coarse, head))
+        for head, which in enumerate(seen.flatten(0, 1))
     ]
     return torch.stack(parts).unflatten(0, seen.shape[:2]).flatten(2, 3)[:, :, :tokens]
 
@@ -123,9 +124,11 @@ def _bias(visible: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(visible, dtype=like.dtype).masked_fill(~visible, -torch.inf)
 
 
-def _heads(coarse: Coarse) -> list[Coarse]:
-    """One for each row and head, (W, D)."""
-    return [Coarse(*parts, coarse.bias) for parts in zip(*(x.flatten(0, 1) for x in coarse[:2]), strict=True)]
+def _of_head(coarse: Coarse | None, head: int) -> Coarse | None:
+    """Keys and values (W, D) of one row and head, counted through."""
+    if coarse is None:
+        return None
+    return Coarse(coarse.key.flatten(0, 1)[head], coarse.value.flatten(0, 1)[head], coarse.bias)
 
 
 def _one_head(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, real: Tensor, coarse: Coarse | None) -> Tensor:
