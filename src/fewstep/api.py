@@ -11,6 +11,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from fewstep.attention.sparse import SparseOptions
 from fewstep.caching import make_cache
 from fewstep.conditions import CACHE_FOLDER, Encoding, TextOptions
 from fewstep.data.pairs import TeacherPairs
@@ -99,6 +100,9 @@ class RoleOptions:
     discriminator: Literal["method", "critic", "teacher"] = "method"
     """Whose features a discriminator reads, for methods that have one: as in the `method`'s paper, or named."""
 
+    sparse: SparseOptions = SparseOptions()
+    """What the student's self-attention sees (docs/sparse.md)."""
+
     def features(self, needs: Needs) -> Literal["critic", "teacher"]:
         """Whose features a discriminator of a method with such needs reads."""
         return needs.features if self.discriminator == "method" else self.discriminator
@@ -115,6 +119,12 @@ class RoleOptions:
                     f"found {name} = {value}, expected at least 1 and at most {_LARGEST_RANK}, fix: 16 to 64 are usual"
                 )
         critic = needs.critic or (needs.discriminator and self.features(needs) == "critic")
+        self.sparse.validate(critic)
+        if self.sparse.on and (needs.causal or self.shard or self.compile):
+            raise FewstepError(
+                "found a sparse student that is causal, sharded or compiled, expected none of these with it, "
+                "fix: leave --sparse at dense, or --shard and --compile off"
+            )
         of_student, of_critic = self.roles == "adapters", critic and self.roles != "copies"
         for names, read, beside in (
             (["rank"], of_student or (of_critic and self.critic_rank is None), "an adapter that takes it (--roles)"),
@@ -312,6 +322,7 @@ def distill(
         compile_backend="inductor" if roles.compile else None,
         steps_aware=needs.steps_condition or needs.landing_condition,
         causal=needs.causal,
+        sparse=roles.sparse,
         seed=train_options.seed,
     )
     if start is not None and not roles.shard:
@@ -321,6 +332,8 @@ def distill(
     kept = {name: value for name, value in asdict(roles).items() if name not in (*MEMORY_ONLY, "discriminator")}
     if roles.alpha is None:
         del kept["alpha"]  # runs that began before there was one go on
+    if not roles.sparse.on:
+        del kept["sparse"]
     if needs.discriminator:
         kept["discriminator"] = features
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": fingerprint(texts), **encoding.lossy}

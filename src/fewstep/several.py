@@ -322,6 +322,7 @@ def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]
         "critic": needs.critic or (needs.discriminator and features == "critic"),
         "discriminator": features if needs.discriminator else "none",
         "steps_aware": needs.steps_condition or needs.landing_condition,
+        "sparse": roles.sparse,
         "seed": seed,
     }
 
@@ -330,6 +331,8 @@ def _configuration(backbone: Backbone, roles: RoleOptions, texts: Sequence[str])
     kept = {name: value for name, value in asdict(roles).items() if name not in MEMORY_ONLY}
     if roles.alpha is None:
         del kept["alpha"]  # runs that began before there was one go on
+    if not roles.sparse.on:
+        del kept["sparse"]
     size = {"size": backbone.told_size} if backbone.told_size else {}
     return {"teacher": backbone.source, "roles": kept, "prompts": fingerprint(texts), **size}
 

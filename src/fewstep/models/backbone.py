@@ -30,6 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import CausalSeat
+from fewstep.attention.sparse import SparseOptions, make_sparse
+from fewstep.attention.sparse.adaptive import Sequence as Tokens
+from fewstep.attention.sparse.engines import chosen_engine
+from fewstep.attention.sparse.order import Grid
 from fewstep.core import grids
 from fewstep.core.process import Process, process_from_scheduler
 from fewstep.core.shards import is_sharded
@@ -99,6 +103,12 @@ class Backbone(ABC):
 
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""
+
+    self_attention: ClassVar[tuple[str, ...]] = ()
+    """Ends of the names of the attention among the sample's tokens, with those of a text where both are joined."""
+
+    text_first: ClassVar[bool] = True
+    """Whether tokens of a text, where they are joined with the sample's, come first."""
 
     def __init__(self, pipeline: Any, source: str) -> None:
         self.pipeline, self.source = pipeline, source
@@ -209,6 +219,27 @@ class Backbone(ABC):
             f"found a {type(self.network).__name__} for a causal student, expected a WanTransformer3DModel, "
             "fix: choose a Wan teacher, or a method that makes whole samples"
         )
+
+    @property
+    def token_grid(self) -> Grid:
+        """Frames, rows and columns of the tokens of a sample.
+
+        Raises:
+            FewstepError: the family does not say so, and has no sparse students.
+        """
+        raise FewstepError(
+            f"found a {type(self.network).__name__} to be made sparse, expected a family that says where its "
+            "tokens lie (Wan, CogVideoX, PixArt, SD3, FLUX), fix: leave --sparse at dense"
+        )
+
+    def sparse(self, network: nn.Module, options: SparseOptions, active: Callable[[], bool] = lambda: True) -> None:
+        """Let `network` (of the family of the teacher's) attend sparsely whenever `active`, in place.
+
+        Raises:
+            FewstepError: the family has no sparse students, or the engine is not for this device.
+        """
+        chosen_engine(options.engine, self.device, math.prod(self.token_grid), options.block)
+        make_sparse(network, self.self_attention, lambda: Tokens(self.token_grid, self.text_first), options, active)
 
     def pipeline_with(self, network: nn.Module, scheduler: Any) -> Any:
         """A pipeline of the teacher's other parts around a student's plain or steps-aware `network`."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention.sparse import SparseOptions
 from fewstep.core import grids as time_grids
 from fewstep.core.files import load_json
 from fewstep.core.solvers import SOLVERS
@@ -170,6 +171,9 @@ def load_student(
         network = shared_copy(network) if network is backbone.network else network
         layout = Layout(**card["causal"])
         return CausalStudent(backbone, network, grids, card, card["eta"], layout, backbone.causal(network))
+    if "sparse" in card:
+        network = shared_copy(network) if network is backbone.network else network
+        backbone.sparse(network, SparseOptions(**card["sparse"]))
     return Student(backbone, network, grids, card["steps_aware"], card, card["eta"])
 
 
@@ -195,6 +199,7 @@ def read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
             raise ValueError("grids that do not have one time more than steps")
         card["steps_aware"], card["teacher"] = bool(card["steps_aware"]), str(card["teacher"])
         card["eta"], card["size"] = float(card.get("eta", 1)), card.get("size") or {}
+        SparseOptions(**card.get("sparse", {})).validate()
         told = card.get("embedded_guidance")
         if not all(isinstance(side, int) for side in card["size"].values()) or not isinstance(told, float | int | None):
             raise ValueError("a size or guidance that are no numbers")

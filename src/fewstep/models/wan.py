@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import CausalSeat
+from fewstep.attention.sparse.order import Grid
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
@@ -55,6 +56,7 @@ class Wan(Backbone):
     output_name = "frames"
     teacher_guidance = 5.0  # the pipeline's own
     comfyui_key = staticmethod(wan_key)
+    self_attention = ("attn1",)
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     recipe = Recipe(
         guidance_scale=Setting(5.0, _BLADE),
@@ -103,6 +105,12 @@ class Wan(Backbone):
             self.size["height"] // pipeline.vae_scale_factor_spatial,
             self.size["width"] // pipeline.vae_scale_factor_spatial,
         )
+
+    @property
+    def token_grid(self) -> Grid:
+        frames, height, width = self.latent_shape[1:]
+        patch = self.pipeline.transformer.config.patch_size
+        return frames // patch[0], height // patch[1], width // patch[2]
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """As of all backbones; `t` may also be (B, f), a time for each latent frame."""

@@ -161,6 +161,11 @@ def plan(print_: Blueprint, run: Run) -> Plan:
 def _validate(run: Run) -> None:
     run.options.validate()
     run.train.validate()
+    if run.roles.sparse.on:
+        raise FewstepError(
+            "found a sparse student to be planned, expected a dense one, since the work of a sparse one follows from "
+            "what it sees, fix: leave --sparse at dense; memory of weights and optimisers is the same"
+        )
     if not 1 <= run.gpus <= run.train.batch:
         raise FewstepError(
             f"found {run.gpus} GPUs for batch = {run.train.batch}, expected 1 to as many as there are samples, "
