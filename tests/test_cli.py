@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -203,7 +202,10 @@ def test_no_memory_left_is_one_paragraph_and_other_errors_of_the_program_are_not
 def test_ctrl_c_before_or_after_training_ends_with_its_code(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewstep.commands.methods.main", lambda words: os.kill(os.getpid(), signal.SIGINT))
+    def interrupted(words: list[str]) -> None:
+        raise KeyboardInterrupt  # as SIGINT does, which a process started in the background may ignore
+
+    monkeypatch.setattr("fewstep.commands.methods.main", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(["methods"])
     assert stopped.value.code == 130
