@@ -32,11 +32,14 @@ from fewstep.models.videos import (
     encoded_by_statistics,
     video_pixels,
 )
+from fewstep.models.wan_decoder import StreamDecoder
 from fewstep.models.wan_experts import WanExperts
 
 _BLADE = "Video-BLADE's released TDM for Wan2.1-1.3B (arXiv 2508.10774)"
 _FORCING = "Self Forcing's release for Wan2.1-1.3B (arXiv 2506.08009)"
 _PHASED = "Phased DMD, arXiv 2510.27684, appendix B (Wan2.2-A14B)"
+
+_AVATAR = "Live Avatar, arXiv 2512.04677 (Wan2.2-S2V-14B)"
 
 _SELF_FORCING = {
     "guidance_scale": Setting(4.0, _FORCING),
@@ -70,6 +73,13 @@ class Wan(Backbone):
                 "roles": Setting("copies", _FORCING),
             },
             **dict.fromkeys(("self-forcing", "reward-forcing"), _SELF_FORCING),
+            "live-avatar": {
+                "student_rate": Setting(1e-5, _AVATAR),
+                "critic_rate": Setting(2e-6, _AVATAR),
+                "roles": Setting("adapters", _AVATAR),
+                "rank": Setting(128, _AVATAR),
+                "alpha": Setting(64.0, _AVATAR),
+            },
         },
     )
 
@@ -142,6 +152,9 @@ class Wan(Backbone):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         return video_pixels(decoded_by_statistics(self.pipeline.vae, latents))
+
+    def stream_decoder(self) -> Callable[[Tensor], Tensor]:
+        return StreamDecoder(self.pipeline.vae)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

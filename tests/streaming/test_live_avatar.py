@@ -1,0 +1,135 @@
+"""Training over noisy histories. L numbers are those of the card live_avatar.md, section 8."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from tiny_causal import GRID, PROCESS, TinyWan
+from torch import Tensor
+from toy_roles import FRAMES, WanRoles, draw, gradient
+
+from fewstep.attention import Layout
+from fewstep.errors import FewstepError
+from fewstep.methods import LiveAvatarOptions, SelfForcingOptions, preset
+from fewstep.streaming import CausalPath, stream
+
+SMALL = {"chunk": 1, "window": 2, "steps": 2, "critic_updates": 1}
+LAYOUT = Layout(2, sink=1, window=1, cache="noisy", positions="rolling", sink_ahead=2, sink_start=0)
+
+
+def losses(roles: WanRoles, options: Any) -> tuple[Tensor, Tensor]:
+    """Values, and the student's gradient."""
+    method = options.build()
+    path = method.rollout(roles.batch(), roles, draw())
+    values = method.student_loss(path, roles, draw().sub("student")).values
+    return values, gradient(values, roles.own.network)
+
+
+@pytest.mark.parametrize("cache", ["noisy", "last"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_training_that_stops_at_the_last_step_is_the_sampler_to_the_bit(cache: Any, eta: float) -> None:
+    wan, layout = TinyWan(), replace(LAYOUT, cache=cache)
+    path = CausalPath(wan.memory(layout), wan.noise(layout), 4, GRID, PROCESS, wan.condition, 2, eta)
+    made = path.landing(path.call).denoised
+    sampled = stream(wan.memory(layout), wan.noise(layout), GRID, PROCESS, eta=eta)
+    assert torch.equal(made, torch.cat(list(islice(sampled, 4)), 2))
+    assert torch.equal(path.land(wan.student, path.call).denoised, made)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("exit_call", [0, 1])
+def test_what_carries_gradient_is_what_was_made(exit_call: int, recompute: bool) -> None:
+    """Calls are those that are counted: L of the exit and before, one for the sink, L more, L again for algorithm 2."""
+    wan = TinyWan()
+    wan.network.requires_grad_(True)
+    path = CausalPath(
+        wan.memory(LAYOUT), wan.noise(LAYOUT), 4, GRID, PROCESS, wan.condition, exit_call, recompute=recompute
+    )
+    made = path.landing(path.call)
+    assert len(wan.frames) == 4 * (exit_call + 1) + 1
+    wan.frames.clear()
+    landing = path.land(wan.student, path.call)
+    assert torch.equal(landing.denoised, made.denoised)
+    landing.denoised.square().sum().backward()
+    assert wan.frames == [2] * (8 if recompute else 4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("cache", ["noisy", "clean"])
+def test_recomputed_chunk_by_chunk_the_gradient_is_the_joint_one(cache: Any, checkpointing: bool) -> None:
+    """L8 (algorithm 2), to the bit, also beside activation checkpointing."""
+    found = []
+    for recompute in (False, True):
+        roles = WanRoles()
+        if checkpointing:
+            roles.own.network.enable_gradient_checkpointing()
+        options = LiveAvatarOptions(**SMALL, cache=cache, recompute=recompute)
+        found.append(losses(roles, options))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][1].abs().max() > 1e-6
+
+
+def test_one_chunk_is_in_memory_at_a_time() -> None:
+    """Algorithm 2's point: what the forward leaves for the backward pass is a small part of the joint one's."""
+    kept = []
+    for recompute in (False, True):
+        wan, saved = TinyWan(), []
+        wan.network.requires_grad_(True)
+        path = CausalPath(
+            wan.memory(LAYOUT), wan.noise(LAYOUT), 4, GRID, PROCESS, wan.condition, 1, recompute=recompute
+        )
+        path.landing(path.call)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x.nbytes) or x, lambda x: x):
+            path.land(wan.student, path.call)
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 50
+
+
+def test_the_cache_is_another_history_in_training() -> None:
+    """Both readings of the paper differ from each other and from Self Forcing; set back to clean it is Self Forcing."""
+    found = {cache: losses(WanRoles(), LiveAvatarOptions(**SMALL, cache=cache)) for cache in ("clean", "noisy", "last")}
+    same = SelfForcingOptions(**SMALL, sink=1, positions="rolling")
+    assert all(torch.equal(a, b) for a, b in zip(found["clean"], losses(WanRoles(), same), strict=True))  # L9
+    for one, other in (("clean", "noisy"), ("noisy", "last"), ("last", "clean")):
+        assert (found[one][1] - found[other][1]).abs().max() > 1e-6
+
+
+def test_forwards_are_those_that_are_promised() -> None:
+    """Over exits, of frames, for the student's rollout, critic and teacher; the sink's chunk comes on top."""
+    options = LiveAvatarOptions(chunk=1, window=2, steps=2, critic_updates=2)
+    method, asked, exits = options.build(), 0, set()
+    for iteration in range(40):
+        roles = WanRoles() if not iteration else roles  # noqa: F821
+        for wan in roles.networks:
+            wan.frames.clear()
+        path = method.rollout(roles.batch(), roles, draw(iteration))
+        for update in range(2):
+            method.critic_loss(path, roles, draw(iteration).sub(update))
+        method.student_loss(path, roles, draw(iteration).sub("student"))
+        asked += sum(sum(wan.frames) for wan in roles.networks)
+        exits.add((path.exit_call, sum(roles.own.frames)))
+    assert exits == {(0, FRAMES * 2 + 1), (1, FRAMES * 3 + 1)}
+    late = asked / 40 / FRAMES - 1 / FRAMES
+    assert late == pytest.approx(method.forwards(), abs=0.2)
+
+
+def test_the_preset() -> None:
+    options = preset("live-avatar")
+    assert isinstance(options, LiveAvatarOptions)
+    assert (options.steps, options.chunk, options.sink, options.window) == (4, 3, 1, 3)
+    assert options.cache == "noisy"
+    assert options.build().needs.causal
+    assert options.build().forwards() == preset("self-forcing").build().forwards() - 1
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(FewstepError, match="cache 'noisy' with history 'data'"):
+        LiveAvatarOptions(history="data").validate()
+    with pytest.raises(FewstepError, match="found recompute = True, which nothing reads here"):
+        SelfForcingOptions(history="data", recompute=True).validate()
+    with pytest.raises(FewstepError, match="found cache = 'noisy'"):
+        replace(preset("causal-init"), cache="noisy").validate()  # type: ignore[type-var]
