@@ -1,4 +1,4 @@
-"""One process of a chain over a tiny Wan, for torchrun to start: chain_run.py FOLDER. The last one writes the film.
+"""One process of a chain over a tiny Wan, for torchrun to start: chain_run.py FOLDER. Two of them make the film, then three ...
 
 Prompts change in mid-stream, and every call waits for a random moment, which must not matter.
 """
@@ -51,9 +51,13 @@ def film(group: Group, layout: Layout = LAYOUT, waits: bool = False) -> tuple[Te
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with process_group(torch.device("cpu")) as group:
-        made, calls, told = film(group, waits=True)
-        everyone: list[list[int]] = [[] for _ in range(group.size)]
-        torch.distributed.all_gather_object(everyone, [calls, len(told)])
-        if group.rank == group.size - 1:
-            save_file({"film": made, "counts": torch.tensor(everyone)}, Path(sys.argv[1]) / f"{group.size}.safetensors")
+    with process_group(torch.device("cpu")) as everyone:
+        for size in range(2, everyone.size + 1):  # the others look on
+            made, calls, told = torch.empty(0), 0, []
+            if everyone.rank < size:
+                made, calls, told = film(Group(everyone.rank, size), waits=True)
+            counts: list[list[int]] = [[] for _ in range(everyone.size)]
+            torch.distributed.all_gather_object(counts, [calls, len(told)])
+            if everyone.rank == size - 1:
+                found = {"film": made, "counts": torch.tensor(counts[:size])}
+                save_file(found, Path(sys.argv[1]) / f"{size}.safetensors")

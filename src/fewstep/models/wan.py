@@ -39,8 +39,6 @@ _BLADE = "Video-BLADE's released TDM for Wan2.1-1.3B (arXiv 2508.10774)"
 _FORCING = "Self Forcing's release for Wan2.1-1.3B (arXiv 2506.08009)"
 _PHASED = "Phased DMD, arXiv 2510.27684, appendix B (Wan2.2-A14B)"
 
-_AVATAR = "Live Avatar, arXiv 2512.04677 (Wan2.2-S2V-14B)"
-
 _SELF_FORCING = {
     "guidance_scale": Setting(4.0, _FORCING),
     "critic_updates": Setting(5, _FORCING),
@@ -72,14 +70,7 @@ class Wan(Backbone):
                 "student_rate": Setting(2e-6, "CausVid's release for Wan2.1-1.3B (arXiv 2412.07772)"),
                 "roles": Setting("copies", _FORCING),
             },
-            **dict.fromkeys(("self-forcing", "reward-forcing"), _SELF_FORCING),
-            "live-avatar": {
-                "student_rate": Setting(1e-5, _AVATAR),
-                "critic_rate": Setting(2e-6, _AVATAR),
-                "roles": Setting("adapters", _AVATAR),
-                "rank": Setting(128, _AVATAR),
-                "alpha": Setting(64.0, _AVATAR),
-            },
+            **dict.fromkeys(("self-forcing", "reward-forcing", "live-avatar"), _SELF_FORCING),
         },
     )
 
