@@ -1,6 +1,7 @@
-"""One process of a chain over a tiny Wan, for torchrun to start: chain_run.py FOLDER. Two of them make the film, then three ...
+"""One process of a chain over a tiny Wan, for torchrun to start: chain_run.py FOLDER.
 
-Prompts change in mid-stream, and every call waits for a random moment, which must not matter.
+Two of them make the film, then three, and so on. Prompts change in mid-stream, and every call waits for a random
+moment, which must not matter.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ class Backbone(ABC):
     def stream_decoder(self) -> Callable[[Tensor], Tensor]:
         """decode(latents (B, C, n, h, w)) for chunk after chunk of one stream -> its frames (B, F, 3, H, W) uint8.
 
-        Joined, they are what `decode` makes of the joined chunks.
+        Joined, they are what `decode` makes of the joined chunks, rounding apart.
 
         Raises:
             FewstepError: the family has no causal students, as all but Wan.

@@ -1,7 +1,7 @@
 """Wan's autoencoder as a stream: latents go in chunk after chunk, frames come out, as if all had been decoded at once.
 
 Its decoder is causal and keeps the last features of every convolution between latent frames. `AutoencoderKLWan.decode`
-forgets them at its end; here they are kept.
+forgets them at its end; here they are kept. Rounding apart (now and then a level of 255), the pixels are the same.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class StreamDecoder:
         latents = latents.to(vae.device, vae.dtype)
         mean, std = latent_statistics(vae, latents)
         frames = []
-        for frame in vae.post_quant_conv(latents * std + mean).split(1, 2):
+        for frame in (latents * std + mean).split(1, 2):  # one by one, so that no rounding depends on the chunk
             first, self._begun = not self._begun, True
-            frames.append(vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=first))
+            fed = vae.post_quant_conv(frame)
+            frames.append(vae.decoder(fed, feat_cache=self._features, feat_idx=[0], first_chunk=first))
         films = torch.cat(frames, 2)
         if vae.config.patch_size is not None:
             films = unpatchify(films, patch_size=vae.config.patch_size)
