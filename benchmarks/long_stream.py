@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewstep.attention import CachedMemory, CausalSeat, Layout
+from fewstep.commands.common import quiet
 from fewstep.core import grids
 from fewstep.core.process import Flow
 from fewstep.core.streams import Streams
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     told = parser.parse_args()
     torch.set_num_threads(1)
+    quiet()
     decode = None
     if told.student:
         memory, chunks, decode = student_stream(told)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.attention import CausalSeat, Layout
+from fewstep.commands.common import quiet
 from fewstep.core import grids
 from fewstep.core.process import Flow
 from fewstep.core.streams import Streams
@@ -80,6 +81,7 @@ def network_memory(width: int, layers: int) -> StreamMemory:
 def timed(told: argparse.Namespace) -> None:
     """One process's part; the last one writes seconds for all chunks, and everyone's own seconds per chunk."""
     torch.set_num_threads(1)
+    quiet()
     grid, draw = grids.shifted(told.steps, 5.0), Streams(0).at(0, range(1))
     noise = lambda chunk, k: draw.normal(f"{chunk} {k}", (CHANNELS, LAYOUT.chunk, SIDE, SIDE))
     memory: Any = Pauses(told.pause) if told.calls == "sleep" else network_memory(told.width, told.layers)
