@@ -38,7 +38,7 @@ LOOKED_AT = 24
 """Frames of each tenth whose drift is measured."""
 
 
-def random_stream(cache: str) -> tuple[CachedMemory, Iterator[Tensor]]:
+def random_stream(kept: str) -> tuple[CachedMemory, Iterator[Tensor]]:
     """Chunks of one latent frame of a tiny Wan, sink 1 and window 3, rolling positions."""
     from diffusers import WanTransformer3DModel
 
@@ -52,7 +52,7 @@ def random_stream(cache: str) -> tuple[CachedMemory, Iterator[Tensor]]:
         flow = network(x, timestep=1000 * t, encoder_hidden_states=condition["text"], return_dict=False)[0]
         return x - t.view(-1, 1, 1, 1, 1) * flow
 
-    layout = Layout(3, sink=1, window=3, positions="rolling", cache=cache)  # type: ignore[arg-type]
+    layout = Layout(3, sink=1, window=3, positions="rolling", kept=kept)  # type: ignore[arg-type]
     memory = CausalSeat(network).memory(student, layout, {"text": torch.zeros(1, 4, 16)})
     draw = Streams(0).at(0, range(1))
     noise = lambda chunk, k: draw.normal(f"{chunk} {k}", (4, layout.chunk, 8, 8))
@@ -66,7 +66,7 @@ def student_stream(told: argparse.Namespace) -> tuple[CachedMemory, Iterator[Ten
 
     student = load_student(told.student, device=told.device)
     assert isinstance(student, CausalStudent), f"{told.student} is no causal student"
-    layout = student.endless(sink=told.sink, window=told.window, cache=told.cache)
+    layout = student.endless(sink=told.sink, window=told.window, kept=told.kept)
     memory, noise, grid = student.begin([told.prompt], [told.seed], None, layout)
     chunks = stream(memory, noise, grid, student.backbone.process, eta=student.eta)
     return memory, chunks, student.backbone.stream_decoder()
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sink", type=int, help="as trained unless told")
     parser.add_argument("--window", type=int, help="likewise")
-    parser.add_argument("--cache", choices=["clean", "noisy", "last"], help="likewise; noisy without a student")
+    parser.add_argument("--kept", choices=["clean", "noisy", "last"], help="likewise; noisy without a student")
     parser.add_argument("--device", default="cpu")
     told = parser.parse_args()
     torch.set_num_threads(1)
@@ -103,7 +103,7 @@ def main() -> None:
     if told.student:
         memory, chunks, decode = student_stream(told)
     else:
-        memory, chunks = random_stream(told.cache or "noisy")
+        memory, chunks = random_stream(told.kept or "noisy")
     count = -(-told.frames // memory.layout.chunk)
     tenth = max(1, count // TENTHS)
     times, sizes, farthest, kept, films = [], [], 0, set(), []

@@ -34,7 +34,7 @@ from fewstep.streaming.pipeline import Order, StreamMemory, run_chain, shares
 from fewstep.streaming.throughput import chain_seconds, chain_speedup
 from fewstep.training.parallel import process_group
 
-LAYOUT = Layout(3, sink=1, window=3, positions="rolling", cache="noisy")
+LAYOUT = Layout(3, sink=1, window=3, positions="rolling", kept="noisy")
 CHANNELS, SIDE, WARM = 8, 8, 2
 
 

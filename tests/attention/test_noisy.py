@@ -18,7 +18,7 @@ from fewstep.errors import FewstepError
 from fewstep.streaming import stream
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
-LAYOUT = Layout(2, sink=1, window=2, cache="noisy")
+LAYOUT = Layout(2, sink=1, window=2, kept="noisy")
 ROLLING = replace(LAYOUT, positions="rolling", sink_ahead=4, sink_start=7)
 
 
@@ -75,8 +75,8 @@ def dense(wan: TinyWan, layout: Layout, t: float, noisy: Tensor, sink: Tensor | 
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(2, cache="noisy"),
-        Layout(1, window=2, cache="noisy"),
+        Layout(2, kept="noisy"),
+        Layout(1, window=2, kept="noisy"),
         LAYOUT,
         replace(LAYOUT, window=None),
         replace(LAYOUT, positions="absolute"),
@@ -122,7 +122,7 @@ def test_what_calls_at_other_times_left_is_not_seen(wan: TinyWan) -> None:
 def test_with_the_cache_last_all_calls_see_the_last_one(wan: TinyWan) -> None:
     """Algorithm 1 as written: the third chunk's first call sees what the second's last call was fed, and so on."""
     noted = Noted(wan)
-    memory = wan.seat.memory(noted, Layout(1, window=1, cache="last"), wan.condition)
+    memory = wan.seat.memory(noted, Layout(1, window=1, kept="last"), wan.condition)
     list(islice(stream(memory, wan.noise(Layout(1)), GRID, PROCESS), 3))
     first, last = (float(GRID[call]) for call in (0, 2))
     fed, answer = noted.asked[first][2]
@@ -161,7 +161,7 @@ class _Shifted:
 
     def __init__(self, layout: Layout, by: int) -> None:
         self._layout, self._by = layout, by
-        self.cache = layout.cache
+        self.kept = layout.kept
 
     def times_beside(self, *told: Any) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(time + self._by for time in part) for part in self._layout.times_beside(*told))
@@ -169,7 +169,7 @@ class _Shifted:
 
 def test_the_sink_comes_nearer_until_its_distance_is_fixed() -> None:
     """Eq. 2 with 30 and 12: 30 - c ahead of chunks that begin at c, and 12 from c = 18 on."""
-    layout = Layout(3, sink=1, window=3, positions="rolling", cache="noisy")
+    layout = Layout(3, sink=1, window=3, positions="rolling", kept="noisy")
     for chunk in range(1, 12):
         seen = [other for other in range(chunk) if other >= chunk - 3]
         past, own = layout.times_beside(3, chunk, seen)
@@ -208,13 +208,13 @@ def test_forwards_per_chunk() -> None:
     """L9: K, and one in all for the sink; with the cache back at clean it is Self Forcing's K + 1."""
     wan = TinyWan()
     counts = {}
-    for cache, sink in (("noisy", 0), ("noisy", 1), ("last", 1), ("clean", 1)):
-        layout = Layout(1, sink=sink, window=1, cache=cache)  # type: ignore[arg-type]
+    for kept, sink in (("noisy", 0), ("noisy", 1), ("last", 1), ("clean", 1)):
+        layout = Layout(1, sink=sink, window=1, kept=kept)  # type: ignore[arg-type]
         wan.frames.clear()
         memory = wan.memory(layout)
         for x in islice(stream(memory, wan.noise(layout), GRID, PROCESS), 4):
             del x
-        counts[cache, sink] = len(wan.frames)
+        counts[kept, sink] = len(wan.frames)
     assert counts == {("noisy", 0): 12, ("noisy", 1): 13, ("last", 1): 13, ("clean", 1): 15}
 
 
@@ -279,11 +279,11 @@ def test_what_is_refused() -> None:
         wan.memory(LAYOUT).remember(wan.video(2))
     with pytest.raises(FewstepError, match="a memory of 0 sink chunks"):
         remembering(wan, replace(LAYOUT, sink=0)).refer(wan.video(1))
-    with pytest.raises(FewstepError, match="cache 'noisy' with sink 2"):
+    with pytest.raises(FewstepError, match="kept 'noisy' with sink 2"):
         replace(LAYOUT, sink=2).validate()
     with pytest.raises(FewstepError, match="found sink_ahead = 1, expected 2 latent frames"):
         replace(ROLLING, sink_ahead=1).validate()
-    with pytest.raises(FewstepError, match="found cache = 'dirty'"):
-        replace(LAYOUT, cache="dirty").validate()  # type: ignore[arg-type]
+    with pytest.raises(FewstepError, match="found kept = 'dirty'"):
+        replace(LAYOUT, kept="dirty").validate()  # type: ignore[arg-type]
     with pytest.raises(FewstepError, match="found sink_ahead = 4, which nothing reads here"):
         replace(LAYOUT, sink_ahead=4).validate_unread()

@@ -22,7 +22,7 @@ from fewstep.attention import Layout  # noqa: E402
 from fewstep.streaming.pipeline import Order, run_chain  # noqa: E402
 from fewstep.training.parallel import Group, process_group  # noqa: E402
 
-LAYOUT = Layout(2, sink=1, window=2, positions="rolling", sink_ahead=4, sink_start=7, cache="noisy")
+LAYOUT = Layout(2, sink=1, window=2, positions="rolling", sink_ahead=4, sink_start=7, kept="noisy")
 CHUNKS = 7
 PROMPTS = {2: "another", 5: "änother still"}
 

@@ -18,7 +18,7 @@ from fewstep.methods import LiveAvatarOptions, SelfForcingOptions, preset
 from fewstep.streaming import CausalPath, stream
 
 SMALL = {"chunk": 1, "window": 2, "steps": 2, "critic_updates": 1}
-LAYOUT = Layout(2, sink=1, window=1, cache="noisy", positions="rolling", sink_ahead=2, sink_start=0)
+LAYOUT = Layout(2, sink=1, window=1, kept="noisy", positions="rolling", sink_ahead=2, sink_start=0)
 
 
 LATE = 2
@@ -34,10 +34,10 @@ def losses(roles: WanRoles, options: Any) -> tuple[Tensor, Tensor]:
     return values, gradient(values, roles.own.network)
 
 
-@pytest.mark.parametrize("cache", ["noisy", "last"])
+@pytest.mark.parametrize("kept", ["noisy", "last"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_training_that_stops_at_the_last_step_is_the_sampler_to_the_bit(cache: Any, eta: float) -> None:
-    wan, layout = TinyWan(), replace(LAYOUT, cache=cache)
+def test_training_that_stops_at_the_last_step_is_the_sampler_to_the_bit(kept: Any, eta: float) -> None:
+    wan, layout = TinyWan(), replace(LAYOUT, kept=kept)
     path = CausalPath(wan.memory(layout), wan.noise(layout), 4, GRID, PROCESS, wan.condition, 2, eta)
     made = path.landing(path.call).denoised
     sampled = stream(wan.memory(layout), wan.noise(layout), GRID, PROCESS, eta=eta)
@@ -64,15 +64,15 @@ def test_what_carries_gradient_is_what_was_made(exit_call: int, recompute: bool)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("cache", ["noisy", "clean"])
-def test_recomputed_chunk_by_chunk_the_gradient_is_the_joint_one(cache: Any, checkpointing: bool) -> None:
+@pytest.mark.parametrize("kept", ["noisy", "clean"])
+def test_recomputed_chunk_by_chunk_the_gradient_is_the_joint_one(kept: Any, checkpointing: bool) -> None:
     """L8 (algorithm 2), to the bit, also beside activation checkpointing."""
     found = []
     for recompute in (False, True):
         roles = WanRoles()
         if checkpointing:
             roles.own.network.enable_gradient_checkpointing()
-        options = LiveAvatarOptions(**SMALL, cache=cache, recompute=recompute)
+        options = LiveAvatarOptions(**SMALL, kept=kept, recompute=recompute)
         found.append(losses(roles, options))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert found[0][1].abs().max() > 1e-6
@@ -96,7 +96,7 @@ def test_one_chunk_is_in_memory_at_a_time() -> None:
 
 def test_the_cache_is_another_history_in_training() -> None:
     """Both readings of the paper differ from each other and from Self Forcing; set back to clean it is Self Forcing."""
-    found = {cache: losses(WanRoles(), LiveAvatarOptions(**SMALL, cache=cache)) for cache in ("clean", "noisy", "last")}
+    found = {kept: losses(WanRoles(), LiveAvatarOptions(**SMALL, kept=kept)) for kept in ("clean", "noisy", "last")}
     same = SelfForcingOptions(**SMALL, sink=1, positions="rolling")
     assert all(torch.equal(a, b) for a, b in zip(found["clean"], losses(WanRoles(), same), strict=True))  # L9
     for one, other in (("clean", "noisy"), ("noisy", "last"), ("last", "clean")):
@@ -124,15 +124,15 @@ def test_the_preset() -> None:
     options = preset("live-avatar")
     assert isinstance(options, LiveAvatarOptions)
     assert (options.steps, options.chunk, options.sink, options.window) == (4, 3, 1, 3)
-    assert options.cache == "noisy"
+    assert options.kept == "noisy"
     assert options.build().needs.causal
     assert options.build().forwards() == preset("self-forcing").build().forwards() - 1
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(FewstepError, match="cache 'noisy' with history 'data'"):
+    with pytest.raises(FewstepError, match="kept 'noisy' with history 'data'"):
         LiveAvatarOptions(history="data").validate()
     with pytest.raises(FewstepError, match="found recompute = True, which nothing reads here"):
         SelfForcingOptions(history="data", recompute=True).validate()
-    with pytest.raises(FewstepError, match="found cache = noisy, expected clean"):
-        replace(preset("causal-init"), cache="noisy").validate()  # type: ignore[type-var]
+    with pytest.raises(FewstepError, match="found kept = noisy, expected clean"):
+        replace(preset("causal-init"), kept="noisy").validate()  # type: ignore[type-var]

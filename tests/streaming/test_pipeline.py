@@ -57,7 +57,7 @@ def test_one_process_makes_what_the_sampler_does(alone: Tensor, monkeypatch: pyt
 def test_with_a_clean_cache_one_process_is_self_forcings_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     """L9."""
     monkeypatch.setattr(chain_run, "PROMPTS", {})
-    wan, clean = TinyWan(), replace(LAYOUT, cache="clean")
+    wan, clean = TinyWan(), replace(LAYOUT, kept="clean")
     sampled = stream(wan.memory(clean), wan.noise(clean), GRID, PROCESS)
     assert torch.equal(film(ALONE, clean)[0], torch.cat(list(islice(sampled, CHUNKS)), 2))
 

@@ -40,7 +40,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_options=TrainOptions(iterations=1, batch=2, warmup=0, tensorboard=False, sample_every=0),
     )  # fmt: skip
     assert isinstance(made, CausalStudent)
-    assert made.layout.cache == "noisy"
+    assert made.layout.kept == "noisy"
     assert made.layout.positions == "rolling"
     return folder / "run" / "student"
 
@@ -131,7 +131,7 @@ def test_what_is_refused(student: Path, tmp_path: Path, monkeypatch: pytest.Monk
         main(told(student, out, *prompt))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(FewstepError, match="found 2 processes for a student that reads every finished chunk"):
-        main(told(student, out, *prompt, "--cache", "clean"))
+        main(told(student, out, *prompt, "--kept", "clean"))
     with pytest.raises(FewstepError, match="that makes whole samples, expected a causal student"):
         main(told(student.parents[1] / "wan", out, *prompt))
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from fewstep.errors import FewstepError
 from fewstep.unread import refuse_unread
 
 Positions = Literal["slot", "absolute", "rolling"]
-Cache = Literal["clean", "noisy", "last"]
+Kept = Literal["clean", "noisy", "last"]
 
 FRAMES = 2
 """The axis of frames in videos (B, C, F, ...)."""
@@ -38,7 +38,7 @@ class Layout:
     sink_decay: float = 1.0
     """Share of the sink that stays when a chunk leaves the window, in [0, 1]; the rest is that chunk's keys and values
     (EMA-Sink, arXiv 2512.04678, eq. 4; published 0.99 and 0.999). 1 leaves the sink as it is."""
-    cache: Cache = "clean"
+    kept: Kept = "clean"
     """What is kept of a finished chunk: keys and values of one more pass at t = 0 (`clean`, Self Forcing), or those of
     each of its own calls, for later chunks' calls at the same time alone (`noisy`, Live Avatar's timestep forcing), or
     those of its `last` call for all calls (Live Avatar's algorithm 1 as written), both without such a pass. Their sink
@@ -62,7 +62,7 @@ class Layout:
                 raise FewstepError(f"found {name} = {value}, expected {low} or more, fix: chunk 3, sink 1, window 1")
         for name, choice, choices in (
             ("positions", self.positions, get_args(Positions)),
-            ("cache", self.cache, get_args(Cache)),
+            ("kept", self.kept, get_args(Kept)),
         ):
             if choice not in choices:
                 raise FewstepError(f"found {name} = {choice!r}, expected one of {choices}, fix: choose one of them")
@@ -80,10 +80,10 @@ class Layout:
                 "chunk and a window that chunks can leave, since each is blended into the sink token by token, "
                 "fix: set sink to 1 and window to 1 or more, or sink_decay to 1"
             )
-        if self.cache != "clean" and (self.sink > 1 or self.sink_decay < 1):
+        if self.kept != "clean" and (self.sink > 1 or self.sink_decay < 1):
             raise FewstepError(
-                f"found cache {self.cache!r} with sink {self.sink} and sink_decay {self.sink_decay}, expected a sink "
-                "of 0 or 1 chunks, read once, fix: set sink and sink_decay to 1, or cache to 'clean'"
+                f"found kept {self.kept!r} with sink {self.sink} and sink_decay {self.sink_decay}, expected a sink "
+                "of 0 or 1 chunks, read once, fix: set sink and sink_decay to 1, or kept to 'clean'"
             )
 
     def validate_unread(self) -> None:
@@ -92,7 +92,7 @@ class Layout:
         Raises:
             FewstepError: with what would read it.
         """
-        leaves = self.window is not None or self.cache != "clean"  # a noisy cache sees its sink beside all chunks
+        leaves = self.window is not None or self.kept != "clean"  # a noisy cache sees its sink beside all chunks
         if not leaves:
             refuse_unread(self, ["sink"], "a window that chunks can leave")
         if not leaves or not self.sink:

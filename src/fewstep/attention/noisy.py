@@ -37,7 +37,7 @@ class NoisyMemory(CachedMemory):
 
     def __init__(self, student: Denoiser, seat: CausalAttention, layout: Layout, condition: Condition) -> None:
         self.windows: dict[float, tuple[Chunk, ...]] = {}
-        """Finished chunks that calls at a time see, the sink apart; replaced, never changed. With cache `last`: those
+        """Finished chunks that calls at a time see, the sink apart; replaced, never changed. With kept `last`: those
         that all calls see, under -1."""
         self.sink: Chunk | None = None
         self._sink_frames, self._adapts = 0, bool(layout.sink)
@@ -64,7 +64,7 @@ class NoisyMemory(CachedMemory):
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """The next chunk (B, C, n, ...) at `t` (B,), one time -> denoised; one forward of n frames."""
-        at = -1.0 if self.layout.cache == "last" else float(t[0])
+        at = -1.0 if self.layout.kept == "last" else float(t[0])
         window = self.windows.get(at, ())
         numbers = [chunk.number for chunk in window]
         times = self.layout.times_beside(self._sink_frames, self.finished, numbers)
@@ -79,7 +79,7 @@ class NoisyMemory(CachedMemory):
         if not self._made:
             raise FewstepError(
                 "found a finished chunk that was never denoised within this memory, expected calls of it, since they "
-                "are what a noisy cache keeps, fix: call denoise first, or set cache to 'clean'"
+                "are what a noisy cache keeps, fix: call denoise first, or set kept to 'clean'"
             )
         if self.awaits:
             self._read_sink(x)

@@ -26,7 +26,7 @@ class CausalSeat:
 
     def memory(self, student: Denoiser, layout: Layout, condition: Condition) -> CachedMemory:
         """An empty memory for a video per row of `condition`; `student` is the network as a denoiser."""
-        if layout.cache != "clean":
+        if layout.kept != "clean":
             return NoisyMemory(student, self._attention, layout, condition)
         return CachedMemory(student, self._attention, layout, condition)
 

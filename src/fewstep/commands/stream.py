@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fewstep.attention.layout import Cache
+from fewstep.attention.layout import Kept
 from fewstep.commands.common import choose_device, load, parse
 from fewstep.errors import FewstepError
 
@@ -45,7 +45,7 @@ class Stream:
     """First chunks that are never forgotten; as trained unless told."""
     window: int | None = None
     """Chunks before the current one that are remembered; as trained unless told."""
-    cache: Cache | None = None
+    kept: Kept | None = None
     """What is kept of a finished chunk: `clean`, `noisy` or `last`; as trained unless told."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ...; each of torchrun's processes has its own GPU."""
@@ -68,12 +68,12 @@ def main(arguments: list[str]) -> None:
         raise FewstepError(
             f"found a model at {args.student} that makes whole samples, expected a causal student, fix: fewstep sample"
         )
-    layout = student.endless(sink=args.sink, window=args.window, cache=args.cache)
+    layout = student.endless(sink=args.sink, window=args.window, kept=args.kept)
     memory, noise, grid = student.begin(args.prompt[:1], [args.seed], args.steps, layout)
-    if processes > 1 and layout.cache == "clean":
+    if processes > 1 and layout.kept == "clean":
         raise FewstepError(
-            f"found {processes} processes for a student that reads every finished chunk once more (cache 'clean'), "
-            "expected calls that do not wait for one another, fix: a student of live-avatar, --cache noisy, or a "
+            f"found {processes} processes for a student that reads every finished chunk once more (kept 'clean'), "
+            "expected calls that do not wait for one another, fix: a student of live-avatar, --kept noisy, or a "
             "single process"
         )
     shares(len(grid) - 1, processes)

@@ -1,13 +1,13 @@
 """Live Avatar's second stage: Self Forcing whose history stays noisy (Huang et al., arXiv 2512.04677).
 
-Two things differ from Self Forcing. *History* (`Layout.cache`): chunks see the keys and values of earlier chunks' calls
+Two things differ from Self Forcing. *History* (`Layout.kept`): chunks see the keys and values of earlier chunks' calls
 at the same time, never those of a clean pass, so that a stream costs K forwards a chunk instead of K + 1 and its calls
 can be spread over processes (`fewstep.streaming.pipeline`). *Sink*: the student's own first chunk, read clean, seen
 from a fixed distance ahead (`positions` rolling).
 
 The paper has it both ways what calls before the drawn one see in training: the cache of their own time (its text, and
 the `noisy` cache here, with which training that stops at the last step is the sampler), or that of the call at which
-rollouts stop (its algorithm 1, `cache` last).
+rollouts stop (its algorithm 1, `kept` last).
 
 How it differs from the paper: text to video instead of speech to video, so there is no given picture that the sink
 takes the place of; the sink is a whole chunk (there one latent frame), seen from the second chunk on (released: from
@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fewstep.attention.layout import Cache, Positions
+from fewstep.attention.layout import Kept, Positions
 from fewstep.methods.self_forcing import SelfForcing, SelfForcingOptions
 
 
@@ -40,7 +40,7 @@ class LiveAvatarOptions(SelfForcingOptions):
     """Finished chunks before the current one that are remembered (released: 3)."""
     positions: Positions = "rolling"
     """Rotary time of a frame: `rolling` (published), `slot` or `absolute`; see `Layout`."""
-    cache: Cache = "noisy"
+    kept: Kept = "noisy"
     """What is kept of a finished chunk: `noisy` (the paper's text), `last` (its algorithm 1), or `clean` (Self
     Forcing); see `Layout`."""
 

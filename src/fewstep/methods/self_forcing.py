@@ -65,11 +65,11 @@ class CausalOptions(Layout):
         refuse_unread(self, [name for name in _UNREAD if name in there], beside)
         if self.history == "data":
             refuse_unread(self, ["recompute"], "history 'own'")
-        if self.history == "data" and self.cache != "clean":
+        if self.history == "data" and self.kept != "clean":
             raise contradiction(
-                f"cache {self.cache!r} with history 'data'",
+                f"kept {self.kept!r} with history 'data'",
                 "'clean' where chunks are in parallel, since there are no calls to keep",
-                "set cache to 'clean', or history to 'own'",
+                "set kept to 'clean', or history to 'own'",
             )
         if self.history == "data" and self.sink_decay < 1:
             raise contradiction(
@@ -152,7 +152,7 @@ class CausalRollout:
     def forwards(self, steps: int | None = None) -> float:
         """Expected forwards of whole videos per sample and iteration; reading finished chunks again counts one."""
         o = self.options
-        reads = (o.cache == "clean") + o.recompute  # a noisy cache's one chunk of sink is not counted
+        reads = (o.kept == "clean") + o.recompute  # a noisy cache's one chunk of sink is not counted
         rollout = 1 if o.history == "data" else (o.steps + 1) / 2 + reads
         return rollout + float(self._forwards_of_losses())  # type: ignore[attr-defined]
 

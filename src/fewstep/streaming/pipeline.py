@@ -159,7 +159,7 @@ def run_chain(
 
     Args:
         memory: of the student, empty. Each process has its own, and only its own calls are in it; one that reads every
-            finished chunk (`cache` clean) makes the chain wait for each, so that nothing is gained.
+            finished chunk (`kept` clean) makes the chain wait for each, so that nothing is gained.
         noise: see `ChunkNoise`; the same numbers in every process.
         grid: (K + 1,) the student's times.
         process: the noising process.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import CachedMemory, CausalSeat, Layout
-from fewstep.attention.layout import FRAMES, Cache
+from fewstep.attention.layout import FRAMES, Kept
 from fewstep.core.streams import Streams
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
@@ -72,7 +72,7 @@ class CausalStudent(Student):
         *,
         sink: int | None = None,
         window: int | None = None,
-        cache: Cache | None = None,
+        kept: Kept | None = None,
     ) -> Iterator[Tensor]:
         """Latents of chunks (B, C, n, H, W), without end, at constant memory and cost; they begin as `latents` do.
 
@@ -83,12 +83,12 @@ class CausalStudent(Student):
             sink: first chunks that are never forgotten, where it is not to be as trained.
             window: chunks before the current one that are remembered, likewise; has to be told where the student was
                 trained to remember all.
-            cache: what is kept of a finished chunk, likewise.
+            kept: what is kept of a finished chunk, likewise.
 
         Raises:
             FewstepError: no window, or settings out of range.
         """
-        layout = self.endless(sink=sink, window=window, cache=cache)
+        layout = self.endless(sink=sink, window=window, kept=kept)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         numbers = range(seeds, seeds + len(texts)) if isinstance(seeds, int) else seeds
         return self._chunks(texts, numbers, steps, layout)
