@@ -17,6 +17,7 @@ PROMPTS_DROPPED = {"critic_dropout": 0.5, "critic_training_scale": 1.0, "critic_
 
 LOSS = {"matching_weight": 1.0}
 TRAJECTORIES = {"source": "trajectories"}
+ROLLING = {"positions": "rolling", "sink": 1, "window": 1, "sink_decay": 1.0}
 QUICK = {"critic_updates": 1}
 QUICK_CAUSAL = {"chunk": 1, "steps": 2}
 """So that tests are quick."""
@@ -58,8 +59,12 @@ BESIDE: dict[str, dict[str, Any]] = {
     "critic_dropout": {"critic_training_scale": 1.0, "critic_scale": 1.0},
     "sink": {"window": 1, "sink_decay": 1.0},
     "positions": {"sink": 1, "window": 1},
-    "sink_decay": {"sink": 1, "window": 1, "history": "own"},
-    "history": {"sink_decay": 1.0},
+    "sink_decay": {"sink": 1, "window": 1, "history": "own", "kept": "clean"},
+    "kept": {"sink_decay": 1.0, "history": "own"},
+    "sink_ahead": ROLLING | {"sink_start": 0},
+    "sink_start": ROLLING,
+    "recompute": {"history": "own"},
+    "history": {"sink_decay": 1.0, "kept": "clean"},
     "path_steps": TRAJECTORIES,
     "reward_mean": {"relative_to": "mean"},
 }
@@ -68,6 +73,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 EQUAL = {
     "tau_law": "`uniform_unshifted` is `uniform` where there is no shift",
     "intervals": "the first phase begins at the start of the grid",
+    "sink_ahead": "the sink is farther ahead until chunks begin `sink_start` less `sink_ahead` frames in",
     "tau_min": "in the first of several phases all levels are above it",
 }
 """Options of which other values may mean the same as the preset's, with the reason."""
@@ -80,8 +86,9 @@ NEVER: dict[str, set[str]] = {
     "SiDOptions": _NOT_SID,
     "SelfForcingOptions": _NOT_CAUSAL,
     "RewardForcingOptions": _NOT_CAUSAL,
+    "LiveAvatarOptions": _NOT_CAUSAL,
     "SelfForcingSiDOptions": _NOT_CAUSAL | _NOT_SID,
-    "CausalInitOptions": {"sink_decay"},
+    "CausalInitOptions": {"sink_decay", "kept"},
     "PhasedOptions": {"step_counts", "steps_condition"},
     "DecoupledOptions": {"guidance"},
 }  # fmt: skip
@@ -94,7 +101,7 @@ _OTHER: dict[str, list[Any]] = {
     "solver_guidance": [2.0], "moment_mean": [0.3], "moment_variance": [0.5], "critic_dropout": [0.9],
     "critic_clamp": [0.5],
     "critic_scale": [2.0], "critic_training_scale": [2.0], "phase": [2],
-    "window": [1, 2], "path_steps": [24],
+    "sink": [0, 1, 2], "window": [1, 2], "path_steps": [24],
 }  # fmt: skip
 
 

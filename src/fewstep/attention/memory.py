@@ -81,14 +81,24 @@ class CachedMemory:
         return twin
 
     @property
+    def awaits(self) -> bool:
+        """Whether `remember` looks at the next chunk once it is finished; if not, its calls have left all there is."""
+        return True
+
+    @property
     def seen_frames(self) -> int:
         """Frames that each token of the next chunk attends to, its own chunk included."""
         return (len(self.chunks) + 1) * self.layout.chunk
 
     @property
+    def remembered(self) -> tuple[Chunk, ...]:
+        """All that is kept of finished chunks."""
+        return self.chunks
+
+    @property
     def bytes(self) -> int:
         """Memory of the keys and values of finished chunks."""
-        return sum(part.nbytes for chunk in self.chunks for layer in chunk.layers for part in layer)
+        return sum(part.nbytes for chunk in self.remembered for layer in chunk.layers for part in layer)
 
     def _blended(self, sink: Chunk, leaving: Chunk) -> Chunk:
         """Eq. 4 of Reward Forcing, token by token, in float32: bfloat16 loses steps of a thousandth."""
@@ -101,18 +111,27 @@ class CachedMemory:
         pairs = zip(sink.layers, leaving.layers, strict=True)
         return Chunk(sink.number, tuple((blend(a, c), blend(b, d)) for (a, b), (c, d) in pairs))
 
-    def _fresh(self) -> _Reading:
-        return _Reading(self.chunks, self.layout, self.finished, self._text)
+    def _fresh(self) -> Reading:
+        return Reading(self.chunks, self.layout.times(self.finished, [c.number for c in self.chunks]), self._text)
 
 
-class _Reading:
-    """The context of the calls of one chunk. Past keys are turned once for all of them where nothing is trained."""
+class Reading:
+    """The context of calls of one chunk. Past keys are turned once for all of them where nothing is trained.
+
+    Args:
+        chunks: what the calls see beside their own chunk.
+        times: rotary times of the frames of those, and of the chunk's own.
+        text: see `Context`.
+    """
 
     def __init__(
-        self, chunks: tuple[Chunk, ...], layout: Layout, number: int, text: dict[int, KeysAndValues] | None
+        self,
+        chunks: tuple[Chunk, ...],
+        times: tuple[tuple[int, ...], tuple[int, ...]],
+        text: dict[int, KeysAndValues] | None,
     ) -> None:
         self._chunks, self.text = chunks, text
-        self._past_times, self._times = layout.times(number, [chunk.number for chunk in chunks])
+        self._past_times, self._times = times
         self._read: dict[int, KeysAndValues] = {}
         self.made: dict[int, KeysAndValues] | None = None
         """Where not None: filled with what the call makes of its own tokens, layer by layer."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fewstep.attention.causal import CausalAttention
 from fewstep.attention.layout import FRAMES, Layout
 from fewstep.attention.memory import CachedMemory
+from fewstep.attention.noisy import NoisyMemory
 from fewstep.attention.parallel import Parallel
 from fewstep.core.guidance import Denoiser
 from fewstep.core.tensors import Condition
@@ -25,6 +26,8 @@ class CausalSeat:
 
     def memory(self, student: Denoiser, layout: Layout, condition: Condition) -> CachedMemory:
         """An empty memory for a video per row of `condition`; `student` is the network as a denoiser."""
+        if layout.kept != "clean":
+            return NoisyMemory(student, self._attention, layout, condition)
         return CachedMemory(student, self._attention, layout, condition)
 
     def parallel(

@@ -104,6 +104,7 @@ class CausalInitOptions(Layout):
         whole = self.path_steps >= self.steps and self.path_steps % self.steps == 0
         require(whole, "path_steps", self.path_steps, f"a multiple of steps {self.steps}", "use 48")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more", "1 means none")
+        require(self.kept == "clean", "kept", self.kept, "clean, as all chunks are in parallel", "see history")
         require(self.sink_decay == 1, "sink_decay", self.sink_decay, "1, as all chunks are in parallel", "use 1")
         if self.grid:
             refuse_unread(self, ["start_time"], "a grid that begins there")

@@ -197,6 +197,19 @@ class Backbone(ABC):
         Images are (B, 3, H, W), videos (B, F, 3, H, W).
         """
 
+    def stream_decoder(self) -> Callable[[Tensor], Tensor]:
+        """decode(latents (B, C, n, h, w)) for chunk after chunk of one stream -> its frames (B, F, 3, H, W) uint8.
+
+        Joined, they are what `decode` makes of the joined chunks, rounding apart.
+
+        Raises:
+            FewstepError: the family has no causal students, as all but Wan.
+        """
+        raise FewstepError(
+            f"found a {type(self).__name__} to be decoded as it comes, expected a family of causal students (Wan), "
+            "fix: decode whole samples"
+        )
+
     def steps_aware(self) -> nn.Module:
         """The network as its steps-aware kind, sharing the teacher's weights; new weights make no difference yet.
 

@@ -10,6 +10,7 @@ decoded as it comes. Network, text states and scheduler are Wan's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -136,6 +137,9 @@ class Film(Wan):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         return video_pixels(decode_frames(self.pipeline.vae, latents))
+
+    def stream_decoder(self) -> Callable[[Tensor], Tensor]:
+        return self.decode
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from fewstep.models.videos import (
     encoded_by_statistics,
     video_pixels,
 )
+from fewstep.models.wan_decoder import StreamDecoder
 from fewstep.models.wan_experts import WanExperts
 
 _BLADE = "Video-BLADE's released TDM for Wan2.1-1.3B (arXiv 2508.10774)"
@@ -71,7 +72,7 @@ class Wan(Backbone):
                 "student_rate": Setting(2e-6, "CausVid's release for Wan2.1-1.3B (arXiv 2412.07772)"),
                 "roles": Setting("copies", _FORCING),
             },
-            **dict.fromkeys(("self-forcing", "reward-forcing"), _SELF_FORCING),
+            **dict.fromkeys(("self-forcing", "reward-forcing", "live-avatar"), _SELF_FORCING),
         },
     )
 
@@ -155,6 +156,9 @@ class Wan(Backbone):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         return video_pixels(decoded_by_statistics(self.pipeline.vae, latents))
+
+    def stream_decoder(self) -> Callable[[Tensor], Tensor]:
+        return StreamDecoder(self.pipeline.vae)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

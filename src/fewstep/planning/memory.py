@@ -252,7 +252,8 @@ def _remembered(roles: Roles, run: Run) -> int:
     """Keys and values that a causal student keeps through an iteration, of all samples.
 
     Of every finished chunk, since the student's update walks each chunk again within the memory that it had; in float32
-    of each state of a blended sink; and of the prompt.
+    of each state of a blended sink; and of the prompt. A noisy cache keeps as many of each chunk as it makes calls, at
+    most all, of the last chunk too, and its sink beside them.
     """
     backbone: Any = roles.backbone
     layout, config = layout_of(run.options), backbone.network.config
@@ -260,13 +261,17 @@ def _remembered(roles: Roles, run: Run) -> int:
     _, patch, _ = config.patch_size
     _, frames, height, width = backbone.latent_shape
     finished = layout.chunks(frames) - 1
+    kept = finished
+    if layout.kept != "clean":
+        calls = max(run.options.counts) if layout.kept == "noisy" else 1
+        kept = calls * (finished + 1) + min(layout.sink, finished)
     tokens = layout.chunk * (height // patch) * (width // patch)
     half = run.train.precision != "fp32" or (run.roles.roles == "adapters" and run.base_dtype != "float32")
     blended = 0
     if layout.sink_decay < 1 and layout.window is not None:
         blended = max(0, finished - layout.sink - layout.window)
     words = shapes(backbone, run.words)[STATES][0]
-    numbers = (2 if half else 4) * (finished * tokens + words) + 4 * blended * tokens
+    numbers = (2 if half else 4) * (kept * tokens + words) + 4 * blended * tokens
     return run.share * 2 * config.num_layers * config.num_attention_heads * config.attention_head_dim * numbers
 
 

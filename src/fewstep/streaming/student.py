@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import CausalSeat, Layout
-from fewstep.attention.layout import FRAMES
+from fewstep.attention import CachedMemory, CausalSeat, Layout
+from fewstep.attention.layout import FRAMES, Kept
 from fewstep.core.streams import Streams
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone
 from fewstep.models.student import Student
-from fewstep.streaming.rollout import Memory, stream
+from fewstep.streaming.rollout import ChunkNoise, stream
 
 
 class CausalStudent(Student):
@@ -46,7 +46,7 @@ class CausalStudent(Student):
         super().__init__(backbone, network, grids, False, card, eta)
         self.layout, self._seat = layout, seat
 
-    def memory(self, condition: Condition, layout: Layout | None = None) -> Memory:
+    def memory(self, condition: Condition, layout: Layout | None = None) -> CachedMemory:
         """An empty memory of a video per row of `condition`, for `fewstep.streaming.stream`."""
         return self._seat.memory(self.denoise, layout or self.layout, condition)
 
@@ -54,7 +54,8 @@ class CausalStudent(Student):
     def latents(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "trained"
     ) -> Tensor:
-        """Latents (B, C, F, H, W) of the backbone's size; K forwards of all frames, and one to remember them."""
+        """Latents (B, C, F, H, W) of the backbone's size; K forwards of all frames, and one to remember them
+        where the cache is clean."""
         if solver != "trained":
             raise FewstepError(
                 f"found solver {solver!r} for a student that makes videos chunk by chunk, expected 'trained', "
@@ -71,6 +72,7 @@ class CausalStudent(Student):
         *,
         sink: int | None = None,
         window: int | None = None,
+        kept: Kept | None = None,
     ) -> Iterator[Tensor]:
         """Latents of chunks (B, C, n, H, W), without end, at constant memory and cost; they begin as `latents` do.
 
@@ -81,28 +83,39 @@ class CausalStudent(Student):
             sink: first chunks that are never forgotten, where it is not to be as trained.
             window: chunks before the current one that are remembered, likewise; has to be told where the student was
                 trained to remember all.
+            kept: what is kept of a finished chunk, likewise.
 
         Raises:
             FewstepError: no window, or settings out of range.
         """
-        layout = replace(
-            self.layout,
-            sink=self.layout.sink if sink is None else sink,
-            window=self.layout.window if window is None else window,
-        )
+        layout = self.endless(sink=sink, window=window, kept=kept)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        numbers = range(seeds, seeds + len(texts)) if isinstance(seeds, int) else seeds
+        return self._chunks(texts, numbers, steps, layout)
+
+    def endless(self, **told: Any) -> Layout:
+        """What a stream remembers: as trained, but for the fields of `Layout` that are told and not None.
+
+        Raises:
+            FewstepError: no window, or settings out of range.
+        """
+        layout = replace(self.layout, **{name: value for name, value in told.items() if value is not None})
         layout.validate()
         if layout.window is None:
             raise FewstepError(
                 "found a stream of a student that remembers every chunk, expected a window, or its memory grows "
                 "without end and leaves what it was trained for, fix: stream(..., sink=1, window=5)"
             )
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        numbers = range(seeds, seeds + len(texts)) if isinstance(seeds, int) else seeds
-        return self._chunks(texts, numbers, steps, layout)
+        return layout
 
-    def _chunks(
+    def begin(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, layout: Layout
-    ) -> Iterator[Tensor]:
+    ) -> tuple[CachedMemory, ChunkNoise, Tensor]:
+        """What `fewstep.streaming.stream` and `run_chain` begin with: an empty memory, noise, and the time grid.
+
+        Raises:
+            FewstepError: steps that the student was not trained for, or not a seed for each prompt.
+        """
         grid = self._grid(steps)
         if len(prompts) != len(seeds):
             raise FewstepError(
@@ -113,4 +126,10 @@ class CausalStudent(Student):
         draw = Streams(0).at(0, seeds)
         shape = (backbone.latent_shape[0], layout.chunk, *backbone.latent_shape[FRAMES:])
         noise = lambda chunk, k: draw.normal(f"chunk {chunk}, {k}", shape, device=backbone.device)
-        return stream(self.memory(backbone.encode(prompts), layout), noise, grid, backbone.process, eta=self.eta)
+        return self.memory(backbone.encode(prompts), layout), noise, grid
+
+    def _chunks(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, layout: Layout
+    ) -> Iterator[Tensor]:
+        memory, noise, grid = self.begin(prompts, seeds, steps, layout)
+        return stream(memory, noise, grid, self.backbone.process, eta=self.eta)
