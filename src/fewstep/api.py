@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fewstep.caching import make_cache
 from fewstep.conditions import CACHE_FOLDER, Encoding, TextOptions
+from fewstep.data.film_clips import FilmClips
 from fewstep.data.pairs import TeacherPairs
-from fewstep.data.prompts import PromptData
 from fewstep.data.sources import Prompts
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
@@ -24,6 +24,8 @@ from fewstep.material import (
     at_first_size,
     fingerprint,
     own_scenes,
+    prompt_data,
+    require_clips,
     size_list,
     training_prompts,
     trajectories,
@@ -263,6 +265,9 @@ def distill(
             "not supported for it, fix: leave --shard off"
         )
     texts = training_prompts(backbone.source, prompts)
+    require_clips(options, texts)
+    if isinstance(texts, FilmClips):
+        backbone.controls(**texts.told([0], backbone.latent_shape[1]))  # refuses a teacher that reads none
     own = {"real": real, "pairs": pairs, "hooks": hooks, "start": start, "reward": reward, "held_out": held_out}
     given = [name for name, value in own.items() if value is not None]
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
@@ -297,7 +302,9 @@ def distill(
     if isinstance(options, CausalInitOptions) and needs.trajectories and pairs is None:
         pairs = trajectories(teacher, options, texts, train_options.seed)
     if needs.pairs and pairs is None:
-        pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
+        motion = getattr(options, "motion_guidance", 0.0)
+        scales = {"guidance_scale": _guidance_scale(options), "motion_guidance": motion}
+        pairs = TeacherPairs(teacher, texts, **scales, seed=train_options.seed)
     features = roles.features(needs)
     grids = [options.time_grid(count) for count in options.counts]
     choose_scheduler(backbone, grids, options.eta, options.chain_noise)  # refuses what no pipeline could sample
@@ -351,7 +358,7 @@ def distill(
                 result = train(
                     recipe,
                     seats,
-                    PromptData(backbone.encode, texts, train_options.seed),
+                    prompt_data(backbone, texts, train_options.seed),
                     train_options,
                     out,
                     hooks,

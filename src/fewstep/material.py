@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from fewstep.data.film_clips import ClipData, FilmClips
 from fewstep.data.pairs import StateSampler, TeacherTrajectories
-from fewstep.data.prompts import training_captions
+from fewstep.data.prompts import PromptData, training_captions
 from fewstep.data.real import RealScenes
-from fewstep.data.sources import Prompts, read_prompts
+from fewstep.data.sources import FILMS, Prompts, read_prompts
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.errors import FewstepError
 from fewstep.losses.moments import element_moments
@@ -44,6 +45,11 @@ def training_prompts(source: str, prompts: Sequence[str] | str | Path | None) ->
     )
 
 
+def prompt_data(backbone: Backbone, texts: Sequence[str], seed: int) -> PromptData:
+    """Conditions of `texts` for the trainer, with tracks and drives where they come with them."""
+    return ClipData(backbone, texts, seed) if isinstance(texts, FilmClips) else PromptData(backbone.encode, texts, seed)
+
+
 def own_scenes(backbone: Backbone, method: str, seed: int) -> RealData:
     """The embedded teacher's data.
 
@@ -63,10 +69,25 @@ def trajectories(
     teacher: StateSampler, options: CausalInitOptions, texts: Sequence[str], seed: int
 ) -> TeacherTrajectories:
     """Those that the causal initialisation imitates, made as they are needed."""
+    require_clips(options, texts)
     keep = options.time_grid(options.steps)[:-1]
-    return TeacherTrajectories(
-        teacher, texts, grid=options.path_grid, keep=keep, guidance_scale=options.guidance_scale, seed=seed
-    )
+    scales = {"guidance_scale": options.guidance_scale, "motion_guidance": options.motion_guidance}
+    return TeacherTrajectories(teacher, texts, grid=options.path_grid, keep=keep, **scales, seed=seed)
+
+
+def require_clips(options: Options, texts: Sequence[str]) -> None:
+    """Refuses motion guidance where prompts say nothing of motion.
+
+    Raises:
+        FewstepError: it is above 0, and the prompts are no `FilmClips`.
+    """
+    motion = getattr(options, "motion_guidance", 0.0)
+    if motion and not isinstance(texts, FilmClips):
+        raise FewstepError(
+            f"found motion_guidance {motion} with prompts that say nothing of motion, expected prompts that come with "
+            f"tracks, fix: --prompts {FILMS} (prompts=fewstep.data.film_clips.FilmClips()) with a teacher of "
+            "controlled films, or motion_guidance 0"
+        )
 
 
 def with_moments(options: Options, teacher: Teacher, texts: Sequence[str]) -> Options:

@@ -25,7 +25,15 @@ from fewstep.data.prompts import PromptData
 from fewstep.data.real import RealScenes
 from fewstep.errors import FewstepError
 from fewstep.live import usual_hooks
-from fewstep.material import at_first_size, fingerprint, own_scenes, size_list, training_prompts, with_moments
+from fewstep.material import (
+    at_first_size,
+    fingerprint,
+    own_scenes,
+    prompt_data,
+    size_list,
+    training_prompts,
+    with_moments,
+)
 from fewstep.methods.base import Needs, Options
 from fewstep.methods.matching_options import MatchingOptions
 from fewstep.methods.msd import Stage, msd_stages
@@ -106,7 +114,7 @@ def distill_phases(
         if group.leads and not resume:
             refuse_run(Path(out) / turns[0].name)  # rather than after all prompts are encoded
         with encoding.ready(group):
-            data = PromptData(backbone.encode, texts, train_options.seed)
+            data = prompt_data(backbone, texts, train_options.seed)
             shape = listed or backbone.latent_shape
             result, seats = train_in_turn(
                 turns, data, out, noise_shape=shape, real=real, configuration=configuration, resume=resume

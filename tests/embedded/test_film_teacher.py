@@ -46,7 +46,8 @@ def test_size_and_shape() -> None:
     model = FilmModel()
     assert 2e6 < sum(p.numel() for p in model.transformer.parameters()) < 4.2e6
     with torch.no_grad():
-        flow = model(torch.randn(2, LATENT_CHANNELS, 4, 8, 8), torch.tensor([0.3, 1.0]), ["a frog", ""])
+        nothing = (torch.full((2, 4, 2), torch.nan), torch.full((2, 4), torch.nan), torch.zeros(2, 1))
+        flow = model(torch.randn(2, LATENT_CHANNELS, 4, 8, 8), torch.tensor([0.3, 1.0]), ["a frog", ""], *nothing)
     assert flow.shape == (2, LATENT_CHANNELS, 4, 8, 8)
 
 
@@ -81,7 +82,7 @@ def test_the_loss_is_zero_at_the_flow_from_data_to_noise(monkeypatch: pytest.Mon
         x0 = encode_frames(training.autoencoder, films.pixels)
     told: list[str] = []
 
-    def forward(x: torch.Tensor, t: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    def forward(x: torch.Tensor, t: torch.Tensor, captions: list[str], *controls: torch.Tensor) -> torch.Tensor:
         told.extend(captions)
         assert ((t > 0) & (t < 1)).all()
         return (x - x0) / t.view(-1, 1, 1, 1, 1) + wrong  # noise - data, as x = data + t (noise - data)
@@ -152,9 +153,10 @@ def test_encoded_captions_are_those_of_training(built: Path) -> None:
     backbone, model = load_backbone(built / FILM_FOLDER), FilmModel()
     model.text_encoder.load_state_dict(backbone.pipeline.text_encoder.state_dict())
     seen: list[torch.Tensor] = []
-    model.transformer.forward = lambda x, t, states, return_dict: seen.append(states) or (x,)  # type: ignore[method-assign]
+    model.transformer.forward = lambda x, t, states, return_dict: seen.append(states) or (x[:, :LATENT_CHANNELS],)  # type: ignore[method-assign]
     captions = ["a singing frog hops to the right on a green background", ""]
-    model(torch.zeros(2, LATENT_CHANNELS, 1, 8, 8), torch.ones(2), captions)
+    nothing = (torch.full((2, 1, 2), torch.nan), torch.full((2, 1), torch.nan), torch.zeros(2, 1))
+    model(torch.zeros(2, LATENT_CHANNELS, 1, 8, 8), torch.ones(2), captions, *nothing)
     (told,) = backbone.encode(captions).values()
     torch.testing.assert_close(told, seen[0], rtol=1e-3, atol=1e-3)
     assert (told[1, 1:] == 0).all()
@@ -164,10 +166,15 @@ def test_films_are_scored_and_the_card_says_so(
     built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, table = built / FILM_FOLDER, built / "table.json"
-    told = ["--teacher", folder, "--steps", 1, "--scales", 1, "--frames", 9, "--count", 2, "--out", table]
-    command.main(["table-video", *map(str, told)])
+    told = ["--teacher", folder, "--steps", 1, "--scales", 1, "--motion", 1.5, "--frames", 9, "--count", 2]
+    command.main(["table-video", *map(str, told), "--out", str(table)])
     rows = json.loads(table.read_text())
-    assert list(rows) == ["rendered", "1 steps, guidance 1"]
+    assert list(rows) == ["rendered", "1 steps, guidance 1", "1 steps, tracks and drives, motion 1.5"]
+    assert (rows["1 steps, guidance 1"]["error"], rows["1 steps, guidance 1"]["correlation"]) == (None, None)
+    controlled = rows["1 steps, tracks and drives, motion 1.5"]
+    assert controlled["calls"] == 3
+    assert controlled["error"] > 0
+    assert -1 <= controlled["correlation"] <= 1
     assert rows["rendered"]["thing"] == 1
     assert rows["rendered"]["error"] < 0.05
     assert rows["1 steps, guidance 1"]["calls"] == 1

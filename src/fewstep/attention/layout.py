@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
+from fewstep.core.tensors import CONTROLS, Condition
 from fewstep.errors import FewstepError
 from fewstep.unread import refuse_unread
 
@@ -97,3 +100,13 @@ class Layout:
         numbers = [*seen, chunk] if self.positions == "absolute" else range(len(seen) + 1)
         of_chunks = [tuple(range(number * self.chunk, (number + 1) * self.chunk)) for number in numbers]
         return tuple(time for part in of_chunks[:-1] for time in part), of_chunks[-1]
+
+    def told(self, condition: Condition, chunk: int) -> Condition:
+        """`condition` as `chunk` is told it: of what is told frame by frame its own frames, nothing after their end."""
+        if CONTROLS not in condition:
+            return condition
+        frames = condition[CONTROLS][:, :, chunk * self.chunk : (chunk + 1) * self.chunk]
+        missing = self.chunk - frames.shape[FRAMES]
+        if missing:
+            frames = torch.cat([frames, frames.new_zeros(*frames.shape[:FRAMES], missing, *frames.shape[3:])], FRAMES)
+        return condition | {CONTROLS: frames}

@@ -21,6 +21,7 @@ from fewstep.methods.self_forcing import (
     SelfForcingOptions,
     SelfForcingSiDOptions,
     causvid,
+    motionstream,
     self_forcing,
     self_forcing_gan,
     self_forcing_sid,
@@ -54,6 +55,7 @@ METHODS: dict[str, Callable[[], Options]] = {
     "self-forcing-sid": self_forcing_sid,
     "self-forcing-gan": self_forcing_gan,
     "reward-forcing": reward_forcing,
+    "motionstream": motionstream,
 }
 
 

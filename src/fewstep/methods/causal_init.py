@@ -59,6 +59,9 @@ class CausalInitOptions(Layout):
     """Calls of the teacher's sampler along a trajectory, a multiple of the steps (released: 48)."""
     guidance_scale: float = 6.0
     """Guidance of the teacher along trajectories, 0 or more, 1 = none (released: 6)."""
+    motion_guidance: float = 0.0
+    """Likewise of tracks and drives, 0 or more, 0 = none (MotionStream: 1.5 with text at 3); prompts have to come with
+    them."""
 
     @property
     def chain_noise(self) -> ChainNoise:
@@ -104,11 +107,12 @@ class CausalInitOptions(Layout):
         whole = self.path_steps >= self.steps and self.path_steps % self.steps == 0
         require(whole, "path_steps", self.path_steps, f"a multiple of steps {self.steps}", "use 48")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more", "1 means none")
+        require(self.motion_guidance >= 0, "motion_guidance", self.motion_guidance, "0 or more", "0 means none")
         require(self.sink_decay == 1, "sink_decay", self.sink_decay, "1, as all chunks are in parallel", "use 1")
         if self.grid:
             refuse_unread(self, ["start_time"], "a grid that begins there")
         if self.source == "data":
-            refuse_unread(self, ["path_steps", "guidance_scale"], "source 'trajectories'")
+            refuse_unread(self, ["path_steps", "guidance_scale", "motion_guidance"], "source 'trajectories'")
 
 
 class CausalInit(WithoutCritic):

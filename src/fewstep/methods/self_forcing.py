@@ -103,8 +103,8 @@ class SelfForcingOptions(CausalOptions, DMD2Options):
             refuse_unread(self, _OF_MATCHING, "a matching_weight above 0")
 
 
-_OF_MATCHING = ["guidance_scale", "guidance", "guidance_levels", "joint_normaliser", "normaliser", "metric", "huber_c"]
-_OF_MATCHING += ["divergence", "ratio_clip", "ratio_bins"]
+_OF_MATCHING = ["guidance_scale", "motion_guidance", "guidance", "guidance_levels", "joint_normaliser", "normaliser"]
+_OF_MATCHING += ["metric", "huber_c", "divergence", "ratio_clip", "ratio_bins"]
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,15 @@ def self_forcing_gan() -> SelfForcingOptions:
 def causvid() -> SelfForcingOptions:
     """CausVid's second stage: DMD with noised real videos as history (there with shift 8, for Wan)."""
     return SelfForcingOptions(history="data")
+
+
+def motionstream() -> SelfForcingOptions:
+    """MotionStream: DMD of streams that follow tracks (arXiv 2511.01266).
+
+    Three steps, chunks of 3 latent frames that see the first one and the one before, in training as in use (c3s1w1);
+    guidance of text 3 and of motion 1.5. Needs a teacher that reads tracks, and prompts with tracks.
+    """
+    return SelfForcingOptions(steps=3, sink=1, window=1, guidance_scale=3.0, motion_guidance=1.5)
 
 
 def layout_of(options: Any) -> Layout | None:

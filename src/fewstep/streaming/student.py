@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from fewstep.attention import CausalSeat, Layout
 from fewstep.attention.layout import FRAMES
 from fewstep.core.streams import Streams
-from fewstep.core.tensors import Condition
+from fewstep.core.tensors import CONTROLS, Condition
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone
 from fewstep.models.student import Student
 from fewstep.streaming.rollout import Memory, stream
+
+Told: TypeAlias = Tensor | Iterable[Tensor]
+"""Tracks or drives of a stream: of its first frames, or chunk by chunk, each asked for when that chunk is begun."""
 
 
 class CausalStudent(Student):
@@ -52,7 +55,14 @@ class CausalStudent(Student):
 
     @torch.no_grad()
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "trained"
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        *,
+        tracks: Tensor | None = None,
+        drives: Tensor | None = None,
+        solver: str = "trained",
     ) -> Tensor:
         """Latents (B, C, F, H, W) of the backbone's size; K forwards of all frames, and one to remember them."""
         if solver != "trained":
@@ -61,7 +71,8 @@ class CausalStudent(Student):
                 "fix: leave it out"
             )
         chunks = self.layout.chunks(self.backbone.latent_shape[FRAMES - 1])
-        return torch.cat(list(islice(self._chunks(prompts, seeds, steps, self.layout), chunks)), FRAMES)
+        made = self._chunks(prompts, seeds, steps, self.layout, tracks, drives)
+        return torch.cat(list(islice(made, chunks)), FRAMES)
 
     def stream(
         self,
@@ -71,6 +82,8 @@ class CausalStudent(Student):
         *,
         sink: int | None = None,
         window: int | None = None,
+        tracks: Told | None = None,
+        drives: Told | None = None,
     ) -> Iterator[Tensor]:
         """Latents of chunks (B, C, n, H, W), without end, at constant memory and cost; they begin as `latents` do.
 
@@ -81,9 +94,12 @@ class CausalStudent(Student):
             sink: first chunks that are never forgotten, where it is not to be as trained.
             window: chunks before the current one that are remembered, likewise; has to be told where the student was
                 trained to remember all.
+            tracks: of students whose teacher reads them (`Backbone.controls`), (B, F, 2) as x, y in pixels and nan
+                where open; or an iterable of (B, n, 2), one for each chunk. After its end nothing is said.
+            drives: likewise, (B, F) in [0, 1] or an iterable of (B, n).
 
         Raises:
-            FewstepError: no window, or settings out of range.
+            FewstepError: no window, or settings out of range; tracks or drives that do not fit, when they come.
         """
         layout = replace(
             self.layout,
@@ -98,10 +114,16 @@ class CausalStudent(Student):
             )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         numbers = range(seeds, seeds + len(texts)) if isinstance(seeds, int) else seeds
-        return self._chunks(texts, numbers, steps, layout)
+        return self._chunks(texts, numbers, steps, layout, tracks, drives)
 
     def _chunks(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, layout: Layout
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None,
+        layout: Layout,
+        tracks: Told | None,
+        drives: Told | None,
     ) -> Iterator[Tensor]:
         grid = self._grid(steps)
         if len(prompts) != len(seeds):
@@ -113,4 +135,28 @@ class CausalStudent(Student):
         draw = Streams(0).at(0, seeds)
         shape = (backbone.latent_shape[0], layout.chunk, *backbone.latent_shape[FRAMES:])
         noise = lambda chunk, k: draw.normal(f"chunk {chunk}, {k}", shape, device=backbone.device)
-        return stream(self.memory(backbone.encode(prompts), layout), noise, grid, backbone.process, eta=self.eta)
+        steer = None if tracks is None and drives is None else self._steer(layout.chunk, len(prompts), tracks, drives)
+        memory = self.memory(backbone.encode(prompts), layout)
+        return stream(memory, noise, grid, backbone.process, eta=self.eta, steer=steer)
+
+    def _steer(self, chunk: int, rows: int, tracks: Told | None, drives: Told | None) -> Callable[[], Tensor | None]:
+        """What the next chunk is told, each time it is called."""
+        shapes = {"tracks": (rows, chunk, 2), "drives": (rows, chunk)}
+        parts = {
+            name: iter(() if told is None else told.split(chunk, 1) if isinstance(told, Tensor) else told)
+            for name, told in (("tracks", tracks), ("drives", drives))
+        }
+
+        def steer() -> Tensor | None:
+            told = {name: next(part, None) for name, part in parts.items()}
+            for name, value in told.items():
+                if value is not None and value.shape != shapes[name]:
+                    raise FewstepError(
+                        f"found {name} of shape {tuple(value.shape)} for a chunk, expected {shapes[name]}, fix: a row "
+                        f"for each prompt and {chunk} frames for each chunk, nan where nothing is said"
+                    )
+            if told["tracks"] is None and told["drives"] is None:
+                return None
+            return self.backbone.controls(told["tracks"], told["drives"])[CONTROLS]
+
+        return steer
