@@ -12,7 +12,13 @@ MOMENTS = {
 }  # fmt: skip
 ONE_COUNT = {"step_counts": (), "steps_condition": False}
 MANY_COUNTS = {"step_counts": (2, 4), "steps": 4, "regression_weight": 0.0}
-APART = {"guidance": "decoupled", "guidance_levels": "shared", "normaliser": "dmd", "joint_normaliser": False}
+APART = {
+    "guidance": "decoupled",
+    "motion_guidance": 0.0,
+    "guidance_levels": "shared",
+    "normaliser": "dmd",
+    "joint_normaliser": False,
+}
 PROMPTS_DROPPED = {"critic_dropout": 0.5, "critic_training_scale": 1.0, "critic_scale": 1.0}
 
 LOSS = {"matching_weight": 1.0}
@@ -33,9 +39,17 @@ BESIDE: dict[str, dict[str, Any]] = {
     "metric": LOSS,
     "huber_c": LOSS | {"metric": "huber_vector"},
     "guidance_scale": LOSS | TRAJECTORIES,
-    "guidance": LOSS,
+    "guidance": LOSS | {"motion_guidance": 0.0},
+    "motion_guidance": LOSS | {"guidance": "coupled"},
     "guidance_levels": LOSS
-    | {"guidance": "decoupled", "joint_normaliser": False, "steps": 4, "start_time": 0.9, "regression_weight": 0.0},
+    | {
+        "guidance": "decoupled",
+        "motion_guidance": 0.0,
+        "joint_normaliser": False,
+        "steps": 4,
+        "start_time": 0.9,
+        "regression_weight": 0.0,
+    },
     "joint_normaliser": LOSS | APART,
     "normaliser": LOSS | {"joint_normaliser": False},
     "divergence": LOSS,
@@ -73,7 +87,7 @@ EQUAL = {
 """Options of which other values may mean the same as the preset's, with the reason."""
 
 _NOT_SID = {
-    "metric", "huber_c", "guidance", "guidance_levels", "joint_normaliser", "divergence", "ratio_clip", "ratio_bins",
+    "metric", "huber_c", "motion_guidance", "guidance", "guidance_levels", "joint_normaliser", "divergence", "ratio_clip", "ratio_bins",
 }  # fmt: skip
 _NOT_CAUSAL = {"step_counts", "steps_condition", "regression_weight", "critic_call_condition", "chain_noise"}
 NEVER: dict[str, set[str]] = {
@@ -81,9 +95,9 @@ NEVER: dict[str, set[str]] = {
     "SelfForcingOptions": _NOT_CAUSAL,
     "RewardForcingOptions": _NOT_CAUSAL,
     "SelfForcingSiDOptions": _NOT_CAUSAL | _NOT_SID,
-    "CausalInitOptions": {"sink_decay"},
+    "CausalInitOptions": {"sink_decay", "motion_guidance"},  # the second without prompts of motion, as here
     "PhasedOptions": {"step_counts", "steps_condition"},
-    "DecoupledOptions": {"guidance"},
+    "DecoupledOptions": {"guidance", "motion_guidance"},
 }  # fmt: skip
 """Options that a method shares with others and refuses whatever they are set to."""
 

@@ -16,7 +16,7 @@ from fewstep.commands import teacher as command
 from fewstep.data.films import draw_film_caption, draw_films, film_training_captions
 from fewstep.data.real import RealFilms
 from fewstep.data.scenes import held_out
-from fewstep.embedded.autoencoder import build_autoencoder
+from fewstep.embedded.autoencoder import build_autoencoder, train_autoencoder
 from fewstep.embedded.film_build import FILM_FOLDER, FilmBuildOptions, build_film_teacher
 from fewstep.embedded.film_teacher import (
     LATENT_CHANNELS,
@@ -26,6 +26,7 @@ from fewstep.embedded.film_teacher import (
     build_film_autoencoder,
     build_film_tokenizer,
     film_frames,
+    told_controls,
 )
 from fewstep.embedded.training import TOKENS
 from fewstep.evaluation.film_run import film_captions, rendered_scores
@@ -189,3 +190,54 @@ def test_evaluation_uses_held_out_captions_and_its_ceiling_is_full_marks() -> No
     assert film_captions(5) == film_captions(5)
     scores = rendered_scores(8).scores
     assert scores.thing == scores.voice == scores.background == scores.same_thing == 1
+
+
+def test_what_is_told_is_told_for_some_films_and_chunks() -> None:
+    options, rng = FilmOptions(), np.random.default_rng(0)
+    tracks, drives = torch.rand(400, 24, 2), torch.rand(400, 24)
+    told_tracks, told_drives, ids = told_controls(tracks, drives, options, rng)
+    seen = told_tracks.isfinite()[..., 0]
+    assert torch.equal(told_tracks[seen], tracks[seen])
+    some = seen.any(1)
+    assert abs(float(some.float().mean()) - 0.5) < 0.1
+    chunks = seen[some].unflatten(1, (-1, 3))
+    assert (chunks.all(2) == chunks.any(2)).all()
+    assert chunks[:, 0].all()
+    assert abs(float(chunks[:, 1:].float().mean()) - 0.8) < 0.05
+    loud = told_drives.isfinite()
+    assert (loud.all(1) == loud.any(1)).all()
+    assert abs(float(loud.float().mean()) - 0.5) < 0.1
+    assert abs(float((loud[:, 0] & some).float().mean()) - 0.25) < 0.1  # each by itself
+    assert len(ids.unique()) > 150
+
+
+def test_the_autoencoder_resumes_to_the_bit(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+
+    class Stopped(Exception):
+        pass
+
+    def draw(count: int, rng: np.random.Generator) -> torch.Tensor:
+        drawn.append(1)
+        if len(drawn) == stop:
+            raise Stopped
+        return torch.from_numpy(rng.uniform(-1, 1, (count, 3, 8, 8)).astype(np.float32))
+
+    def train(**more: Path) -> dict[str, torch.Tensor]:
+        told = {"draw": draw, "batch": 2, "save_seconds": -1.0, **more}
+        torch.manual_seed(0)
+        return train_autoencoder(5, lambda *_: None, start=build_autoencoder(8), **told).state_dict()  # type: ignore[arg-type]
+
+    drawn: list[int] = []
+    stop = 0
+    torch.manual_seed(0)
+    start = build_autoencoder(8).state_dict()
+    straight = train()
+    drawn, stop = [], 4
+    with pytest.raises(Stopped):
+        train(state=tmp_path / "state.safetensors")
+    drawn, stop = [], 0
+    resumed = train(state=tmp_path / "state.safetensors")
+    assert len(drawn) == 2  # of 5, three had been made and saved
+    assert all(torch.equal(straight[name], value) for name, value in resumed.items())
+    assert not all(torch.equal(start[name], value) for name, value in resumed.items())
