@@ -87,7 +87,8 @@ EQUAL = {
 """Options of which other values may mean the same as the preset's, with the reason."""
 
 _NOT_SID = {
-    "metric", "huber_c", "motion_guidance", "guidance", "guidance_levels", "joint_normaliser", "divergence", "ratio_clip", "ratio_bins",
+    "metric", "huber_c", "motion_guidance", "guidance", "guidance_levels", "joint_normaliser", "divergence",
+    "ratio_clip", "ratio_bins",
 }  # fmt: skip
 _NOT_CAUSAL = {"step_counts", "steps_condition", "regression_weight", "critic_call_condition", "chain_noise"}
 NEVER: dict[str, set[str]] = {

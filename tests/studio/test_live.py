@@ -83,7 +83,7 @@ def test_a_chunk_goes_from_where_the_pointer_was_to_where_it_is(
     asked.clear()
     film = live.chunks(0.0)
     width, height = student.backbone.size["width"], student.backbone.size["height"]
-    for number, told in enumerate((Told(), Told(0.5, 0.25), Told(0.8, 0.25, loud=0.7, at=12.0))):
+    for number, told in enumerate((Told(), Told(0.5, 0.25, at=11.0), Told(0.8, 0.25, loud=0.7, at=12.0))):
         live.tell(Told(**{**vars(told), "shown": number}))
         made = next(film)
         assert made is not None
@@ -97,9 +97,11 @@ def test_a_chunk_goes_from_where_the_pointer_was_to_where_it_is(
     assert torch.equal(still, torch.tensor([[[0.5 * width, 0.25 * height]] * 3]))
     torch.testing.assert_close(moving[0, :, 0], width * torch.tensor([0.6, 0.7, 0.8]))
     assert torch.equal(loud, torch.full((1, 3), 0.7))
-    live.tell(Told(shown=9, paused=True))
+    live.tell(Told(at=13.0, shown=9, paused=True))
     assert next(film) is None
-    live.tell(Told(shown=9))
+    live.tell(Told(at=12.5, shown=9))  # told before, and late
+    assert next(film) is None
+    live.tell(Told(at=14.0, shown=9))
     resumed = next(film)
     assert resumed is not None
     assert resumed.number == 3  # the film goes on
@@ -184,7 +186,7 @@ def test_in_a_browser_the_film_follows_the_mouse(address: str, student: CausalSt
         wrong: list[str] = []
         told: list[Any] = []
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text))
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
 
         def asked(request: Any) -> None:
             if not request.url.startswith((address, "data:")):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,10 +74,11 @@ class Live:
         self._stream = student.stream(prompt, seed, tracks=self._tracks(), drives=self._drives())
 
     def tell(self, told: Told) -> None:
-        """Where the pointer is now, and how far the film has been shown."""
+        """Where the pointer is now, and how far the film has been shown; what is older than what is known is dropped."""
         with self._changed:
-            self._told = told
-            self._changed.notify_all()
+            if told.at >= self._told.at:
+                self._told = told
+                self._changed.notify_all()
 
     def stop(self) -> None:
         """No more chunks."""
@@ -89,9 +91,10 @@ class Live:
         number = 0
         while True:
             with self._changed:
-                wanted = self._changed.wait_for(lambda: self._stopped or self._wants(number), patience)
+                self._changed.wait_for(partial(self._has_news, number), patience)
                 if self._stopped:
                     return
+                wanted = self._wants(number)
             if not wanted:
                 yield None
                 continue
@@ -101,6 +104,9 @@ class Live:
                 seconds = time.perf_counter() - start
             yield Made(number, frames, seconds, self._followed.at)
             number += 1
+
+    def _has_news(self, number: int) -> bool:
+        return self._stopped or self._wants(number)
 
     def _wants(self, number: int) -> bool:
         return not self._told.paused and number < self._told.shown + _AHEAD
