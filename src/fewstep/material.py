@@ -143,4 +143,6 @@ def fingerprint(texts: Sequence[str]) -> dict[str, Any]:
     hashed = blake2b(digest_size=8)
     for place, text in enumerate(texts):
         hashed.update(f"\n{text}".encode() if place else text.encode())
+    if isinstance(texts, FilmClips):
+        hashed.update(repr(texts.left_out).encode())
     return {"count": len(texts), "hash": hashed.hexdigest()}

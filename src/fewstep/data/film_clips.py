@@ -33,10 +33,8 @@ class FilmClips(Prompts):
         drop_drives: likewise.
     """
 
-    source = FILMS
-
     def __init__(self, count: int = 8192, seed: int = 0, drop_tracks: float = 0.2, drop_drives: float = 0.5) -> None:
-        self._count, self._seed, self._drops = count, seed, (drop_tracks, drop_drives)
+        self._count, self._seed, self.left_out = count, seed, (drop_tracks, drop_drives)
 
     def __len__(self) -> int:
         return self._count
@@ -49,7 +47,7 @@ class FilmClips(Prompts):
         tracks, drives = [], []
         for place in places:
             script = draw_script(place, self._seed, frames)
-            no_track, no_drive = np.random.default_rng([self._seed, place, 11]).random(2) < self._drops
+            no_track, no_drive = np.random.default_rng([self._seed, place, 11]).random(2) < self.left_out
             tracks.append(np.full_like(script.track, np.nan) if no_track else script.track)
             drives.append(np.full_like(script.drive, np.nan) if no_drive else script.drive)
         parts = {"tracks": tracks, "drives": drives}

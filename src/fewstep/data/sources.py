@@ -103,7 +103,9 @@ def read_prompts(where: str | Path) -> Prompts:
     if str(where) == FILMS:
         from fewstep.data.film_clips import FilmClips
 
-        return FilmClips()
+        clips = FilmClips()
+        clips.source = FILMS
+        return clips
     try:
         path, column = _split(where)
         prompts = _folder(path, column) if path.is_dir() else _file(path, column)

@@ -74,7 +74,7 @@ class Live:
         self._stream = student.stream(prompt, seed, tracks=self._tracks(), drives=self._drives())
 
     def tell(self, told: Told) -> None:
-        """Where the pointer is now, and how far the film has been shown; what is older than what is known is dropped."""
+        """Where the pointer is now, and how far the film has been shown; what comes late is dropped."""
         with self._changed:
             if told.at >= self._told.at:
                 self._told = told
