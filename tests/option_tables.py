@@ -75,6 +75,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "sink_decay": {"sink": 1, "window": 1, "history": "own"},
     "history": {"sink_decay": 1.0},
     "path_steps": TRAJECTORIES,
+    "vary_memory": {"window": 1},
     "reward_mean": {"relative_to": "mean"},
 }
 """Settings, of those that a method has, beside which an option acts."""
@@ -83,6 +84,7 @@ EQUAL = {
     "tau_law": "`uniform_unshifted` is `uniform` where there is no shift",
     "intervals": "the first phase begins at the start of the grid",
     "tau_min": "in the first of several phases all levels are above it",
+    "vary_memory": "a window that is drawn may hold all of a short video",
 }
 """Options of which other values may mean the same as the preset's, with the reason."""
 
@@ -95,6 +97,7 @@ NEVER: dict[str, set[str]] = {
     "SiDOptions": _NOT_SID,
     "SelfForcingOptions": _NOT_CAUSAL,
     "RewardForcingOptions": _NOT_CAUSAL,
+    "MotionStreamOptions": _NOT_CAUSAL,
     "SelfForcingSiDOptions": _NOT_CAUSAL | _NOT_SID,
     "CausalInitOptions": {"sink_decay", "motion_guidance"},  # the second without prompts of motion, as here
     "PhasedOptions": {"step_counts", "steps_condition"},

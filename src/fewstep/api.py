@@ -303,8 +303,9 @@ def distill(
         pairs = trajectories(teacher, options, texts, train_options.seed)
     if needs.pairs and pairs is None:
         motion = getattr(options, "motion_guidance", 0.0)
-        scales = {"guidance_scale": _guidance_scale(options), "motion_guidance": motion}
-        pairs = TeacherPairs(teacher, texts, **scales, seed=train_options.seed)
+        pairs = TeacherPairs(
+            teacher, texts, guidance_scale=_guidance_scale(options), motion_guidance=motion, seed=train_options.seed
+        )
     features = roles.features(needs)
     grids = [options.time_grid(count) for count in options.counts]
     choose_scheduler(backbone, grids, options.eta, options.chain_noise)  # refuses what no pipeline could sample

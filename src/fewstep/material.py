@@ -71,8 +71,15 @@ def trajectories(
     """Those that the causal initialisation imitates, made as they are needed."""
     require_clips(options, texts)
     keep = options.time_grid(options.steps)[:-1]
-    scales = {"guidance_scale": options.guidance_scale, "motion_guidance": options.motion_guidance}
-    return TeacherTrajectories(teacher, texts, grid=options.path_grid, keep=keep, **scales, seed=seed)
+    return TeacherTrajectories(
+        teacher,
+        texts,
+        grid=options.path_grid,
+        keep=keep,
+        guidance_scale=options.guidance_scale,
+        motion_guidance=options.motion_guidance,
+        seed=seed,
+    )
 
 
 def require_clips(options: Options, texts: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ M1 to M4 and M10 without controls are V1 to V8 and V13 in test_causal.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import pytest
@@ -36,9 +37,14 @@ def memory(wan: TinyWan, layout: Layout, told: Tensor | None) -> CachedMemory:
     return wan.seat.memory(lambda x, t, c: steered(wan, x, t, c), layout, condition)
 
 
-def chunks(wan: TinyWan, layout: Layout, told: Tensor | None, count: int = CHUNKS, steer: object = None) -> Tensor:
-    made = stream(memory(wan, layout, told), wan.noise(layout), GRID, PROCESS, steer=steer)  # type: ignore[arg-type]
-    return torch.cat(list(islice(made, count)), 2)
+def steered_stream(wan: TinyWan, held: CachedMemory, steer: Callable[[], Tensor | None]) -> Iterator[Tensor]:
+    return stream(held, wan.noise(held.layout), GRID, PROCESS, begun=lambda: held.steer(steer()))
+
+
+def chunks(
+    wan: TinyWan, layout: Layout, told: Tensor | None, steer: Callable[[], Tensor | None] = lambda: None
+) -> Tensor:
+    return torch.cat(list(islice(steered_stream(wan, memory(wan, layout, told), steer), CHUNKS)), 2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -78,7 +84,7 @@ def test_what_later_chunks_are_told_changes_no_earlier_one(wan: TinyWan) -> None
         asked.append(next(coming))
         return asked[-1]
 
-    made = stream(memory(wan, layout, None), wan.noise(layout), GRID, PROCESS, steer=steer)
+    made = steered_stream(wan, memory(wan, layout, None), steer)
     for number in range(CHUNKS):
         assert torch.equal(next(made), one[:, :, 2 * number : 2 * number + 2])
         assert len(asked) == number + 1
@@ -100,7 +106,7 @@ def test_with_sink_and_window_a_stream_that_is_steered_costs_the_same_for_ever(w
     held = memory(wan, layout, None)
     wan.frames.clear()
     told = lambda: controls(2)
-    sizes = [held.bytes for _ in islice(stream(held, wan.noise(layout), GRID, PROCESS, steer=told), 12)]
+    sizes = [held.bytes for _ in islice(steered_stream(wan, held, told), 12)]
     assert len(set(sizes[2:])) == 1
     assert held.seen_frames == 6
     assert set(wan.frames) == {2}

@@ -62,12 +62,8 @@ class CachedMemory:
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """The next chunk (B, C, n, ...) at `t` (B,) -> denoised; one forward of n frames."""
-        if self._steered is None:
-            told = self.layout.told(self._condition, self.finished)
-        else:
-            told = self._condition | {CONTROLS: self._steered}
         with self._seat.within(self._context):
-            return self._student(x, t, told)
+            return self._student(x, t, self._told())
 
     @torch.no_grad()
     def remember(self, x: Tensor) -> None:
@@ -100,6 +96,12 @@ class CachedMemory:
     def bytes(self) -> int:
         """Memory of the keys and values of finished chunks."""
         return sum(part.nbytes for chunk in self.chunks for layer in chunk.layers for part in layer)
+
+    def _told(self) -> Condition:
+        """What the next chunk is told."""
+        if self._steered is None:
+            return self.layout.told(self._condition, self.finished)
+        return self._condition | {CONTROLS: self._steered}
 
     def _blended(self, sink: Chunk, leaving: Chunk) -> Chunk:
         """Eq. 4 of Reward Forcing, token by token, in float32: bfloat16 loses steps of a thousandth."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from fewstep.core.tensors import Condition
 from fewstep.data.films import draw_script
 from fewstep.data.prompts import PromptData, shuffled
-from fewstep.data.sources import FILMS, Prompts
+from fewstep.data.sources import Prompts
 
 
 class FilmClips(Prompts):

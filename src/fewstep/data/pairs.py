@@ -135,8 +135,9 @@ class TeacherTrajectories(TeacherPairs):
         motion_guidance: float = 0.0,
         seed: int = 0,
     ) -> None:
-        scales = {"guidance_scale": guidance_scale, "motion_guidance": motion_guidance}
-        super().__init__(teacher, prompts, count, **scales, seed=seed)
+        super().__init__(
+            teacher, prompts, count, guidance_scale=guidance_scale, motion_guidance=motion_guidance, seed=seed
+        )
         self._sampler, self._grid, self._keep, self._scale = teacher, grid, keep, guidance_scale
 
     def _make(self, prompts: list[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:

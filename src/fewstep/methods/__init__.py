@@ -15,13 +15,13 @@ from fewstep.methods.causal_init import CausalInitOptions, causal_init, teacher_
 from fewstep.methods.decoupled import DecoupledOptions, decoupled, decoupled_constrained, decoupled_shared
 from fewstep.methods.dmd2 import DMD2Options, dmd, dmd2
 from fewstep.methods.f_distill import FDistillOptions, f_distill
+from fewstep.methods.motionstream import MotionStreamOptions, motionstream
 from fewstep.methods.phased import PhasedOptions, phased, phased_paper
 from fewstep.methods.reward_forcing import RewardForcingOptions, reward_forcing
 from fewstep.methods.self_forcing import (
     SelfForcingOptions,
     SelfForcingSiDOptions,
     causvid,
-    motionstream,
     self_forcing,
     self_forcing_gan,
     self_forcing_sid,
@@ -109,6 +109,7 @@ __all__ = [
     "FDistillOptions",
     "Loss",
     "Method",
+    "MotionStreamOptions",
     "Needs",
     "Options",
     "PhasedOptions",

@@ -231,15 +231,6 @@ def causvid() -> SelfForcingOptions:
     return SelfForcingOptions(history="data")
 
 
-def motionstream() -> SelfForcingOptions:
-    """MotionStream: DMD of streams that follow tracks (arXiv 2511.01266).
-
-    Three steps, chunks of 3 latent frames that see the first one and the one before, in training as in use (c3s1w1);
-    guidance of text 3 and of motion 1.5. Needs a teacher that reads tracks, and prompts with tracks.
-    """
-    return SelfForcingOptions(steps=3, sink=1, window=1, guidance_scale=3.0, motion_guidance=1.5)
-
-
 def layout_of(options: Any) -> Layout | None:
     """The chunks of a causal method's options, without the rest; None for other methods."""
     if not isinstance(options, Layout):

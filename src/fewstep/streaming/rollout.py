@@ -39,10 +39,6 @@ class Memory(Protocol):
         """The next chunk is finished and is this."""
         ...
 
-    def steer(self, controls: Tensor | None) -> None:
-        """The next chunk alone is told these `CONTROLS` (B, K, n, h, w); None: those of the memory's condition."""
-        ...
-
     def snapshot(self) -> Memory:
         """This memory as it is now."""
         ...
@@ -56,7 +52,7 @@ def stream(
     process: Process,
     *,
     eta: float = 0.0,
-    steer: Callable[[], Tensor | None] | None = None,
+    begun: Callable[[], None] | None = None,
 ) -> Iterator[Tensor]:
     """Chunks (B, C, n, ...), one after the other, without end; K + 1 forwards of n frames each.
 
@@ -69,11 +65,11 @@ def stream(
         grid: (K + 1,) the student's times.
         process: the noising process.
         eta: share of its own noise that a step keeps: 0 is new noise at every step (Self Forcing), 1 none.
-        steer: what the chunk that is begun is told (`Memory.steer`); asked once for each, when it is begun.
+        begun: called when a chunk is begun, such as to steer it (`fewstep.attention.CachedMemory.steer`).
     """
     for chunk in count():
-        if steer is not None:
-            memory.steer(steer())
+        if begun is not None:
+            begun()
         x = noise(chunk, 0) * process.noise_scale
         x = ddim(_denoiser(memory), x, grid, process, {}, eta=eta, noise=_fresh(noise, chunk))
         yield x

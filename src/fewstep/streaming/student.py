@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import CausalSeat, Layout
+from fewstep.attention import CachedMemory, CausalSeat, Layout
 from fewstep.attention.layout import FRAMES
 from fewstep.core.streams import Streams
 from fewstep.core.tensors import CONTROLS, Condition
 from fewstep.errors import FewstepError
 from fewstep.models.backbone import Backbone
 from fewstep.models.student import Student
-from fewstep.streaming.rollout import Memory, stream
+from fewstep.streaming.rollout import stream
 
 Told: TypeAlias = Tensor | Iterable[Tensor]
 """Tracks or drives of a stream: of its first frames, or chunk by chunk, each asked for when that chunk is begun."""
@@ -49,7 +49,7 @@ class CausalStudent(Student):
         super().__init__(backbone, network, grids, False, card, eta)
         self.layout, self._seat = layout, seat
 
-    def memory(self, condition: Condition, layout: Layout | None = None) -> Memory:
+    def memory(self, condition: Condition, layout: Layout | None = None) -> CachedMemory:
         """An empty memory of a video per row of `condition`, for `fewstep.streaming.stream`."""
         return self._seat.memory(self.denoise, layout or self.layout, condition)
 
@@ -135,19 +135,22 @@ class CausalStudent(Student):
         draw = Streams(0).at(0, seeds)
         shape = (backbone.latent_shape[0], layout.chunk, *backbone.latent_shape[FRAMES:])
         noise = lambda chunk, k: draw.normal(f"chunk {chunk}, {k}", shape, device=backbone.device)
-        steer = None if tracks is None and drives is None else self._steer(layout.chunk, len(prompts), tracks, drives)
         memory = self.memory(backbone.encode(prompts), layout)
-        return stream(memory, noise, grid, backbone.process, eta=self.eta, steer=steer)
+        begun = None if tracks is None and drives is None else self._steering(memory, len(prompts), tracks, drives)
+        return stream(memory, noise, grid, backbone.process, eta=self.eta, begun=begun)
 
-    def _steer(self, chunk: int, rows: int, tracks: Told | None, drives: Told | None) -> Callable[[], Tensor | None]:
-        """What the next chunk is told, each time it is called."""
+    def _steering(
+        self, memory: CachedMemory, rows: int, tracks: Told | None, drives: Told | None
+    ) -> Callable[[], None]:
+        """Tells `memory`, each time it is called, what the next chunk is told."""
+        chunk = memory.layout.chunk
         shapes = {"tracks": (rows, chunk, 2), "drives": (rows, chunk)}
         parts = {
             name: iter(() if told is None else told.split(chunk, 1) if isinstance(told, Tensor) else told)
             for name, told in (("tracks", tracks), ("drives", drives))
         }
 
-        def steer() -> Tensor | None:
+        def begun() -> None:
             told = {name: next(part, None) for name, part in parts.items()}
             for name, value in told.items():
                 if value is not None and value.shape != shapes[name]:
@@ -155,8 +158,7 @@ class CausalStudent(Student):
                         f"found {name} of shape {tuple(value.shape)} for a chunk, expected {shapes[name]}, fix: a row "
                         f"for each prompt and {chunk} frames for each chunk, nan where nothing is said"
                     )
-            if told["tracks"] is None and told["drives"] is None:
-                return None
-            return self.backbone.controls(told["tracks"], told["drives"])[CONTROLS]
+            nothing = told["tracks"] is None and told["drives"] is None
+            memory.steer(None if nothing else self.backbone.controls(told["tracks"], told["drives"])[CONTROLS])
 
-        return steer
+        return begun
