@@ -131,14 +131,15 @@ class Desk:
             FewstepError: no such student, one that makes whole samples, or what loading it raises.
         """
         folder = self._folder(student)
-        with self.lock:
-            written = folder, folder.stat().st_mtime
-            model = self._model("student", written, lambda: load_student(folder, device=self._device))
-        if not isinstance(model, CausalStudent):
+        if not self._is_streamer(student):
             raise FewstepError(
                 f"found {student!r}, which makes whole samples, expected a student that makes films chunk by chunk, "
                 "fix: train one by self-forcing or motionstream (docs/causal.md)"
             )
+        with self.lock:
+            written = folder, folder.stat().st_mtime
+            model = self._model("student", written, lambda: load_student(folder, device=self._device))
+        assert isinstance(model, CausalStudent)
         return model
 
     def _is_streamer(self, student: str) -> bool:
