@@ -205,6 +205,12 @@ class MatchingOptions:
             )
 
     def _validate_terms(self) -> None:
+        if self.motion_guidance and self.guidance == "decoupled":
+            raise contradiction(
+                f"motion_guidance {self.motion_guidance} with guidance 'decoupled'",
+                "guidance of text and motion in one term",
+                "set motion_guidance to 0, or guidance to 'coupled'",
+            )
         if self.joint_normaliser and self.guidance_levels != "shared":
             raise contradiction(
                 f"joint_normaliser with guidance_levels {self.guidance_levels!r}",
@@ -229,7 +235,6 @@ class MatchingOptions:
             (("snr_cap",), self.critic_weight == "min_snr", "critic_weight 'min_snr'"),
             (("huber_c",), self.metric != "l2", "a Huber metric"),
             (("guidance",), guided, "a guidance_scale other than 1"),
-            (("motion_guidance",), not apart, "guidance 'coupled'"),
             (("guidance_levels", "joint_normaliser"), guided and apart, "guidance 'decoupled' of a scale other than 1"),
             (("joint_normaliser",), self.normaliser != "none", "a normaliser"),
             (("ratio_clip", "ratio_bins"), self.divergence != "reverse_kl", "a divergence other than 'reverse_kl'"),
