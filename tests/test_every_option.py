@@ -25,7 +25,7 @@ from fewstep.conditions import Encoding, TextOptions
 from fewstep.core.files import checksum
 from fewstep.core.process import Flow
 from fewstep.core.streams import Streams
-from fewstep.core.tensors import Condition
+from fewstep.core.tensors import CONTROLS, Condition
 from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import LABEL, ring
 from fewstep.evaluation.toy import LogisticDiscriminator, ToyRoles
@@ -116,7 +116,9 @@ def done(options: Any) -> str | None:
         roles.hear(method.needs, method.critic_updates, options.counts, options.eta, options.chain_noise)
         roles.hear(*(options.time_grid(count) for count in options.counts))
         for iteration in (LATE_EXIT,) if causal else (1, 2):
-            draw, told = Streams(0).at(iteration, samples), {LABEL: samples % 2}
+            draw = Streams(0).at(iteration, samples)
+            controls = draw.normal("controls", (1, FRAMES, 1, 1), torch.float64)
+            told = {LABEL: samples % 2, CONTROLS: controls}
             clean = roles.exact.sample(SAMPLES * FRAMES, torch.Generator().manual_seed(1))
             real = (clean.view(SAMPLES, FRAMES, SIZE).transpose(1, 2) if causal else clean[:SAMPLES], told)
             pairs = (draw.normal("pair", shape, torch.float64), *real)

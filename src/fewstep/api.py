@@ -15,7 +15,6 @@ from fewstep.attention.sparse import SparseOptions
 from fewstep.caching import make_cache
 from fewstep.conditions import CACHE_FOLDER, Encoding, TextOptions
 from fewstep.data.pairs import TeacherPairs
-from fewstep.data.prompts import PromptData
 from fewstep.data.sources import Prompts
 from fewstep.embedded.names import EMOJI, FILMS, name_of, named
 from fewstep.errors import FewstepError
@@ -25,6 +24,8 @@ from fewstep.material import (
     at_first_size,
     fingerprint,
     own_data,
+    prompt_data,
+    require_clips,
     size_list,
     training_prompts,
     trajectories,
@@ -269,6 +270,7 @@ def distill(
     backbone = teacher.backbone
     check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
     texts = training_prompts(backbone, prompts)
+    require_clips(options, texts)
     own = {"real": real, "pairs": pairs, "hooks": hooks, "start": start, "reward": reward, "held_out": held_out}
     given = [name for name, value in own.items() if value is not None]
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
@@ -290,7 +292,7 @@ def distill(
             )  # fmt: skip
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
-        real = own_data(backbone, recipe.name, train_options.seed)
+        real = own_data(backbone, texts, recipe.name, train_options.seed)
     if held_out is not None and (hooks is not None or not train_options.evaluate_every):
         raise FewstepError(
             "found held_out, which nothing reads here, expected evaluations that are ours (evaluate_every above 0, and "
@@ -303,7 +305,10 @@ def distill(
     if isinstance(options, CausalInitOptions) and needs.trajectories and pairs is None:
         pairs = trajectories(teacher, options, texts, train_options.seed)
     if needs.pairs and pairs is None:
-        pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
+        motion = getattr(options, "motion_guidance", 0.0)
+        pairs = TeacherPairs(
+            teacher, texts, guidance_scale=_guidance_scale(options), motion_guidance=motion, seed=train_options.seed
+        )
     features = roles.features(needs)
     grids = [options.time_grid(count) for count in options.counts]
     choose_scheduler(backbone, grids, options.eta, options.chain_noise)  # refuses what no pipeline could sample
@@ -362,7 +367,7 @@ def distill(
                 result = train(
                     recipe,
                     seats,
-                    PromptData(backbone.encode, texts, train_options.seed),
+                    prompt_data(backbone, texts, train_options.seed),
                     train_options,
                     out,
                     hooks,

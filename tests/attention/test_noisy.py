@@ -163,6 +163,9 @@ class _Shifted:
         self._layout, self._by = layout, by
         self.kept = layout.kept
 
+    def told(self, *told: Any) -> Any:
+        return self._layout.told(*told)
+
     def times_beside(self, *told: Any) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(time + self._by for time in part) for part in self._layout.times_beside(*told))
 

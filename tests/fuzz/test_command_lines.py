@@ -20,7 +20,7 @@ import fewstep
 from fewstep import api
 from fewstep.api import RoleOptions
 from fewstep.attention.sparse import SparseOptions
-from fewstep.commands import cache, distill, evaluate, export, msd, plan, reproduce, sample
+from fewstep.commands import cache, distill, evaluate, export, msd, plan, reproduce, sample, stream
 from fewstep.conditions import Encoding, TextOptions
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.methods import METHODS, preset
@@ -34,6 +34,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "plan": (plan.PlanOptions, distill.SizeOptions, RoleOptions, SparseOptions, TrainOptions),
     "cache": (cache.Cache,),
     "sample": (sample.Sample,),
+    "stream": (stream.Stream,),
     "evaluate": (evaluate.Evaluate,),
     "export": (export.Export,),
     "reproduce": (reproduce.Reproduce,),
@@ -137,9 +138,10 @@ def lines(draw: Any) -> list[str]:
         words.append(method)
         if method in METHODS:
             kinds = (*kinds, type(preset(method)))
-    if name in ("distill", "msd", "sample", "evaluate", "cache") and draw(st.booleans()):
-        words += ["--student" if name in ("sample", "evaluate") else "--teacher", draw(st.sampled_from(PATHS))]
-        words += [] if name == "sample" else ["--prompts", "prompts.txt"]
+    if name in ("distill", "msd", "sample", "stream", "evaluate", "cache") and draw(st.booleans()):
+        whose = "--student" if name in ("sample", "stream", "evaluate") else "--teacher"
+        words += [whose, draw(st.sampled_from(PATHS))]
+        words += [] if name in ("sample", "stream") else ["--prompts", "prompts.txt"]
     known = [(kind, entry.name) for kind in kinds for entry in fields(kind) if entry.name != "sparse"]
     for _ in range(draw(st.integers(0, 3))):
         if known and draw(st.integers(0, 9)) < 7:

@@ -118,6 +118,8 @@ def test_what_is_refused(student: Path, tmp_path: Path, monkeypatch: pytest.Monk
     prompt = ["--prompt", PROMPTS[0]]
     for more, message in (
         ([*prompt, "--chunks", "2", "--seconds", "1"], "found chunks 2 and seconds 1.0"),
+        ([*prompt, "--seconds", "inf"], "found chunks 0 and seconds inf"),
+        ([*prompt, "--seconds", "nan"], "found chunks 0 and seconds nan"),
         ([*prompt, "--every", "2"], "found 1 prompts and every = 2"),
         (["--prompt", " "], "found no prompt or an empty one"),
         ([*prompt, "--steps", "3"], "found steps = 3"),

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
+from fewstep.core.tensors import CONTROLS, Condition
 from fewstep.errors import FewstepError
 from fewstep.unread import refuse_unread
 
@@ -146,3 +149,13 @@ class Layout:
             sink = starts[-1] + max(self.sink_ahead, self.sink_start - chunk * n)
         past = [time for start in starts[:-1] for time in range(start, start + n)]
         return (*range(sink, sink + sink_frames), *past), tuple(range(starts[-1], starts[-1] + n))
+
+    def told(self, condition: Condition, chunk: int) -> Condition:
+        """`condition` as `chunk` is told it: of what is told frame by frame its own frames, nothing after their end."""
+        if CONTROLS not in condition:
+            return condition
+        frames = condition[CONTROLS][:, :, chunk * self.chunk : (chunk + 1) * self.chunk]
+        missing = self.chunk - frames.shape[FRAMES]
+        if missing:
+            frames = torch.cat([frames, frames.new_zeros(*frames.shape[:FRAMES], missing, *frames.shape[3:])], FRAMES)
+        return condition | {CONTROLS: frames}

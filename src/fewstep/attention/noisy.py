@@ -18,7 +18,7 @@ from fewstep.attention.causal import CausalAttention, KeysAndValues
 from fewstep.attention.layout import FRAMES, Layout
 from fewstep.attention.memory import CachedMemory, Chunk, Reading
 from fewstep.core.guidance import Denoiser
-from fewstep.core.tensors import Condition, at_least_float32
+from fewstep.core.tensors import CONTROLS, Condition, at_least_float32
 from fewstep.errors import FewstepError
 
 
@@ -47,6 +47,8 @@ class NoisyMemory(CachedMemory):
     def refer(self, x: Tensor, *, keep: bool = False) -> None:
         """A given reference (B, C, f, ...), clean latents of f frames, is the sink; one forward of f frames at t = 0.
 
+        Its frames are told the prompt and nothing else.
+
         Args:
             x: such as the latent of a picture.
             keep: for good; otherwise until the first chunk is finished, which then takes its place.
@@ -60,7 +62,7 @@ class NoisyMemory(CachedMemory):
                 "expected a sink and a video that has not begun, fix: set sink to 1 and give the reference first"
             )
         self._adapts = not keep
-        self._read_sink(x)
+        self._read_sink(x, {name: value for name, value in self._condition.items() if name != CONTROLS})
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """The next chunk (B, C, n, ...) at `t` (B,), one time -> denoised; one forward of n frames."""
@@ -69,7 +71,7 @@ class NoisyMemory(CachedMemory):
         numbers = [chunk.number for chunk in window]
         times = self.layout.times_beside(self._sink_frames, self.finished, numbers)
         self._context = Reading((*self._sinks, *window), times, self._text)
-        denoised, layers = self._called(x, t)
+        denoised, layers = self._called(x, t, self._told())
         self._made = {**self._made, at: layers}
         return denoised
 
@@ -82,12 +84,12 @@ class NoisyMemory(CachedMemory):
                 "are what a noisy cache keeps, fix: call denoise first, or set kept to 'clean'"
             )
         if self.awaits:
-            self._read_sink(x)
+            self._read_sink(x, self._told())
         windows, most = {}, self.layout.window
         for at, layers in self._made.items():
             known = (*self.windows.get(at, ()), Chunk(self.finished, layers))
             windows[at] = known if most is None else known[-most:]
-        self.windows, self._made = windows, {}
+        self.windows, self._made, self._steered = windows, {}, None
         self.finished += 1
 
     @property
@@ -109,15 +111,16 @@ class NoisyMemory(CachedMemory):
         return () if self.sink is None else (self.sink,)
 
     @torch.no_grad()
-    def _read_sink(self, x: Tensor) -> None:
+    def _read_sink(self, x: Tensor, told: Condition) -> None:
         """The sink sees itself alone."""
         self._sink_frames = x.shape[FRAMES]
         self._context = Reading((), ((), tuple(range(self._sink_frames))), self._text)
         clean = torch.zeros(len(x), dtype=at_least_float32(x.dtype), device=x.device)
-        self.sink = Chunk(0, self._called(x, clean)[1])
+        self.sink = Chunk(0, self._called(x, clean, told)[1])
 
-    def _called(self, x: Tensor, t: Tensor) -> tuple[Tensor, tuple[KeysAndValues, ...]]:
+    def _called(self, x: Tensor, t: Tensor, told: Condition) -> tuple[Tensor, tuple[KeysAndValues, ...]]:
         """A call in the present context, and what it made of its own tokens."""
         made = self._context.made = {}
-        denoised = super().denoise(x, t)
+        with self._seat.within(self._context):
+            denoised = self._student(x, t, told)
         return denoised, tuple(made[layer] for layer in sorted(made))

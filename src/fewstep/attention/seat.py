@@ -11,7 +11,7 @@ from fewstep.attention.memory import CachedMemory
 from fewstep.attention.noisy import NoisyMemory
 from fewstep.attention.parallel import Parallel
 from fewstep.core.guidance import Denoiser
-from fewstep.core.tensors import Condition
+from fewstep.core.tensors import CONTROLS, Condition
 
 
 class CausalSeat:
@@ -46,7 +46,7 @@ class CausalSeat:
             layout: chunks and what they see.
             x: (B, C, F, ...) noisy video.
             t: (B, F) times of its frames, equal within a chunk.
-            condition: what the student is told.
+            condition: what the student is told, `CONTROLS` of all F frames.
             clean: (B, C, F, ...) clean history of all chunks; without it they see each other as they are in `x`.
 
         Returns:
@@ -57,5 +57,7 @@ class CausalSeat:
         with self._attention.within(context):
             if clean is None:
                 return student(x, t, condition)
+            if CONTROLS in condition:  # a clean frame is told what it was made with
+                condition = condition | {CONTROLS: torch.cat([condition[CONTROLS]] * 2, FRAMES)}
             both = student(torch.cat([clean, x], FRAMES), torch.cat([torch.zeros_like(t), t], 1), condition)
         return both.narrow(FRAMES, frames, frames)

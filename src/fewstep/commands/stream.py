@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from contextlib import ExitStack
@@ -120,10 +121,10 @@ def _check(args: Stream) -> None:
             f"found {len(args.prompt)} prompts and every = {args.every}, expected several prompts with the chunks of "
             "each, or one without, fix: --every 10"
         )
-    if min(args.chunks, args.seconds) < 0 or (args.chunks and args.seconds):
+    if args.chunks < 0 or not 0 <= args.seconds < math.inf or (args.chunks and args.seconds):
         raise FewstepError(
-            f"found chunks {args.chunks} and seconds {args.seconds}, expected one of them at most, 0 or more, "
-            "fix: leave one out"
+            f"found chunks {args.chunks} and seconds {args.seconds}, expected one of them at most, a number of 0 or "
+            "more, fix: leave one out"
         )
 
 

@@ -16,6 +16,7 @@ from fewstep.methods.decoupled import DecoupledOptions, decoupled, decoupled_con
 from fewstep.methods.dmd2 import DMD2Options, dmd, dmd2
 from fewstep.methods.f_distill import FDistillOptions, f_distill
 from fewstep.methods.live_avatar import LiveAvatarOptions, live_avatar
+from fewstep.methods.motionstream import MotionStreamOptions, motionstream
 from fewstep.methods.phased import PhasedOptions, phased, phased_paper
 from fewstep.methods.reward_forcing import RewardForcingOptions, reward_forcing
 from fewstep.methods.self_forcing import (
@@ -56,6 +57,7 @@ METHODS: dict[str, Callable[[], Options]] = {
     "self-forcing-gan": self_forcing_gan,
     "reward-forcing": reward_forcing,
     "live-avatar": live_avatar,
+    "motionstream": motionstream,
 }
 
 
@@ -110,6 +112,7 @@ __all__ = [
     "LiveAvatarOptions",
     "Loss",
     "Method",
+    "MotionStreamOptions",
     "Needs",
     "Options",
     "PhasedOptions",

@@ -114,8 +114,8 @@ class SelfForcingOptions(CausalOptions, DMD2Options):
             refuse_unread(self, _OF_MATCHING, "a matching_weight above 0")
 
 
-_OF_MATCHING = ["guidance_scale", "guidance", "guidance_levels", "joint_normaliser", "normaliser", "metric", "huber_c"]
-_OF_MATCHING += ["divergence", "ratio_clip", "ratio_bins"]
+_OF_MATCHING = ["guidance_scale", "motion_guidance", "guidance", "guidance_levels", "joint_normaliser", "normaliser"]
+_OF_MATCHING += ["metric", "huber_c", "divergence", "ratio_clip", "ratio_bins"]
 
 
 @dataclass(frozen=True)

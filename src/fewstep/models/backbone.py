@@ -190,6 +190,26 @@ class Backbone(ABC):
     def encode(self, prompts: Sequence[str]) -> Condition:
         """What the pipeline itself makes of `prompts`, one row each, on the backbone's device; no gradient."""
 
+    def controls(self, tracks: Tensor | None, drives: Tensor | None) -> Condition:
+        """Tracks (B, F, 2), or (B, N, F, 2), and drives (B, F) of videos as the condition `CONTROLS`, frame by frame.
+
+        Args:
+            tracks: x, y in pixels, nan where nothing is said.
+            drives: in [0, 1], likewise. One of the two may be None.
+
+        Raises:
+            FewstepError: the family reads none, as all but the films; or shapes that do not fit.
+        """
+        raise FewstepError(
+            f"found tracks or drives for {type(self).__name__}, expected a teacher that reads them (controlled films, "
+            "docs/video.md) or a student of it, fix: leave them out"
+        )
+
+    def told(self, prompts: Sequence[str], tracks: Tensor | None = None, drives: Tensor | None = None) -> Condition:
+        """What `prompts` become, with `controls` where tracks or drives are given."""
+        condition = self.encode(prompts)
+        return condition if tracks is None and drives is None else condition | self.controls(tracks, drives)
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """(B, *latent_shape) -> uint8 on the CPU, the very pixels the pipeline returns.

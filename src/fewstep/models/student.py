@@ -57,7 +57,14 @@ class Student:
 
     @torch.no_grad()
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "trained"
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        *,
+        tracks: Tensor | None = None,
+        drives: Tensor | None = None,
+        solver: str = "trained",
     ) -> Tensor:
         """Latents (B, ...) float32 for prompts and seeds of equal number, in `steps` network calls; see `sample`."""
         grid = self._grid(steps)
@@ -72,7 +79,7 @@ class Student:
             raise FewstepError(
                 f"found solver {solver!r}, expected 'trained' or one of {sorted(SOLVERS)}, fix: leave it out"
             )
-        condition = self.backbone.encode(prompts)
+        condition = self.backbone.told(prompts, tracks, drives)
         if self.steps_aware:
             condition["steps"] = torch.full((len(prompts),), float(len(grid) - 1), device=self.backbone.device)
         numbers, process = SeededNoise(seeds), self.backbone.process
@@ -86,6 +93,8 @@ class Student:
         seeds: Sequence[int],
         steps: int | None = None,
         *,
+        tracks: Tensor | None = None,
+        drives: Tensor | None = None,
         solver: str = "trained",
         batch: int | None = None,
     ) -> Tensor:
@@ -95,6 +104,8 @@ class Student:
             prompts: B prompts.
             seeds: B seeds; a seed gives the noise that the diffusers pipeline draws with a generator of that seed.
             steps: network calls, one of `self.grids`; the largest unless told.
+            tracks: where the teacher reads them (`Backbone.controls`), (B, F, 2) as x, y in pixels, nan where open.
+            drives: likewise, (B, F) in [0, 1].
             solver: as `trained`, or "ddim", "lcm" (fresh noise at every step), "dpmpp_2m", "heun" (2K - 1 calls).
             batch: how many at a time, 1 or more; fewer for larger latents unless told (`Backbone.sample_batch`).
         """
@@ -102,7 +113,11 @@ class Student:
         batch = self.backbone.rows_at_a_time(batch)
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            parts.append(self.backbone.decode(self.latents(prompts[part], seeds[part], steps, solver=solver)))
+            latents = self.latents(
+                prompts[part], seeds[part], steps, solver=solver,
+                tracks=None if tracks is None else tracks[part], drives=None if drives is None else drives[part],
+            )  # fmt: skip
+            parts.append(self.backbone.decode(latents))
         if not parts:
             raise FewstepError("found no prompt, expected at least one, fix: pass a prompt")
         return torch.cat(parts)

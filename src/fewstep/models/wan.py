@@ -121,7 +121,7 @@ class Wan(Backbone):
             patch = self.pipeline.transformer.config.patch_size
             time = time.repeat_interleave(x.shape[-2] * x.shape[-1] // (patch[1] * patch[2]), 1)
         output = network(
-            hidden_states=x.to(dtype),
+            hidden_states=self.fed(x, condition).to(dtype),
             timestep=time,
             encoder_hidden_states=condition[STATES].to(dtype),
             return_dict=False,
@@ -132,6 +132,10 @@ class Wan(Backbone):
         output, x = (part.transpose(1, 2).flatten(0, 1) for part in (output, x))  # frame by frame
         denoised = to_denoised(self.prediction, output, x, alpha.flatten(), sigma.flatten())
         return denoised.unflatten(0, t.shape).transpose(1, 2)
+
+    def fed(self, x: Tensor, condition: Condition) -> Tensor:
+        """What the network is fed of noisy latents (B, C, f, h, w): themselves."""
+        return x
 
     def causal(self, network: nn.Module) -> CausalSeat:
         if isinstance(network, WanExperts) or self.pipeline.transformer.config.patch_size[0] != 1:
@@ -198,7 +202,8 @@ class Wan(Backbone):
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
         def forward(hidden_states: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:
-            return (predict(hidden_states, timestep[:, 0] if timestep.ndim == 2 else timestep),)
+            latents = hidden_states[:, : noise.shape[1]]  # without what a family feeds beside them
+            return (predict(latents, timestep[:, 0] if timestep.ndim == 2 else timestep),)
 
         states = self.null_condition()[STATES]
         return self.stock_pipeline(forward, scheduler)(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.attention.layout import FRAMES, Layout
 from fewstep.core.process import Process
 from fewstep.core.streams import Streams
-from fewstep.core.tensors import Condition
+from fewstep.core.tensors import CONTROLS, Condition
 from fewstep.methods.base import Batch, Options
 from fewstep.methods.decoupled import DecoupledOptions
 from fewstep.methods.self_forcing import layout_of
@@ -67,7 +67,8 @@ def calls_of(options: Options, process: Process, rows: int, frames: int = 0) -> 
     begun = noise + 1
     if method.needs.trajectories:  # a state at each of the student's calls
         begun = begun[:, None].repeat_interleave(max(options.counts), 1)
-    batch = Batch({}, samples, shape, real=(noise, {}), pairs=(begun, noise, {}))
+    told = {CONTROLS: torch.zeros(rows, 1)} if getattr(options, "motion_guidance", 0) else {}
+    batch = Batch(told, samples, shape, real=(noise, told), pairs=(begun, noise, told))
     draw = Streams(0).at(1, samples)
     path = method.rollout(batch, roles, draw)
     found: dict[str, list[Call]] = {}

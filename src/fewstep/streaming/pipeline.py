@@ -153,6 +153,7 @@ def run_chain(
     orders: Callable[[int], Order],
     tell: Callable[[str], None],
     deliver: Callable[[Tensor], None],
+    begun: Callable[[], None] | None = None,
     eta: float = 0.0,
 ) -> int:
     """This process's part of a stream; every process of `group` calls this. How many chunks there were.
@@ -167,6 +168,8 @@ def run_chain(
         orders: orders(chunk), asked in the first process when it begins a chunk.
         tell: tell(prompt), called in every process before it makes a chunk with a new prompt.
         deliver: deliver(chunk (B, C, n, ...)), called in the last process with finished chunks in order.
+        begun: called in every process when it begins a chunk, after `tell`, such as to steer its memory, and has to say
+            the same in all of them: what is only known to one of them does not travel.
         eta: as of `stream`.
 
     Raises:
@@ -185,6 +188,8 @@ def run_chain(
             return chunk
         if order.prompt:
             tell(order.prompt)
+        if begun is not None:
+            begun()
         x = noise(chunk, 0) * process.noise_scale if chain.first else chain.take(like)
         if calls:
             x = called(memory, x, chunk, calls, noise, grid, process, eta=eta)

@@ -47,7 +47,15 @@ class Memory(Protocol):
 
 
 @torch.no_grad()
-def stream(memory: Memory, noise: ChunkNoise, grid: Tensor, process: Process, *, eta: float = 0.0) -> Iterator[Tensor]:
+def stream(
+    memory: Memory,
+    noise: ChunkNoise,
+    grid: Tensor,
+    process: Process,
+    *,
+    eta: float = 0.0,
+    begun: Callable[[], None] | None = None,
+) -> Iterator[Tensor]:
     """Chunks (B, C, n, ...), one after the other, without end; K + 1 forwards of n frames each, K with a noisy cache.
 
     A chunk is handed out before it is remembered, so a prompt that `memory` is told in between also holds for what is
@@ -59,8 +67,11 @@ def stream(memory: Memory, noise: ChunkNoise, grid: Tensor, process: Process, *,
         grid: (K + 1,) the student's times.
         process: the noising process.
         eta: share of its own noise that a step keeps: 0 is new noise at every step (Self Forcing), 1 none.
+        begun: called when a chunk is begun, such as to steer it (`fewstep.attention.CachedMemory.steer`).
     """
     for chunk in count():
+        if begun is not None:
+            begun()
         first = noise(chunk, 0) * process.noise_scale
         x = called(memory, first, chunk, range(len(grid) - 1), noise, grid, process, eta=eta)
         yield x
