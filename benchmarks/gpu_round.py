@@ -5,6 +5,7 @@ Each part is skipped when its result is already in DIR, and continues where it s
   2 runs         the table of TDM runs on the shipped teacher: critic target, tau range, metric, roles, ablations, drift
   3 league       all methods on the shipped teacher at full length: ten times the forwards of the CPU's league
   4 step         time and peak memory of a training step of full-size networks with random weights, against the plan's
+  5 sparse       error and time of sparse attention by sparsity, at the token counts of Wan2.1-1.3B and CogVideoX-5B
 Everything it writes is text, safetensors and PNG.
 """
 
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-PARTS = ("teacher", "runs", "league", "step")
+PARTS = ("teacher", "runs", "league", "step", "sparse")
 CONTINUED = ("runs", "league", "step")
 """Parts that know themselves what is left to do, and are called in every round."""
 PROCESSES = 4
@@ -93,6 +94,13 @@ def step(out: Path, limit: float) -> None:
         subprocess.run([sys.executable, script, *words, "--minutes", f"{minutes:.2f}"], check=False)
 
 
+def sparse(out: Path, limit: float) -> None:
+    """FlexAttention over chosen blocks against dense attention; minutes, most of them of compiling."""
+    script = Path(__file__).parent / "sparse_attention.py"
+    words = ["--device", "cuda", "--sizes", "wan-1.3b", "cogvideox-5b", "--out", str(out / "sparse.json")]
+    subprocess.run([sys.executable, script, *words], check=False)
+
+
 def main() -> None:
     """Run what is not done yet until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,7 +111,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     end, done_file = time.monotonic() + 60 * args.minutes, args.out / "done.json"
     done = json.loads(done_file.read_text()) if done_file.exists() else []
-    work = {"teacher": teacher, "runs": runs, "league": league, "step": step}
+    work = {"teacher": teacher, "runs": runs, "league": league, "step": step, "sparse": sparse}
     for name in args.parts:
         left = end - time.monotonic()
         if name in done or left < 60:

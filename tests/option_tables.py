@@ -12,11 +12,18 @@ MOMENTS = {
 }  # fmt: skip
 ONE_COUNT = {"step_counts": (), "steps_condition": False}
 MANY_COUNTS = {"step_counts": (2, 4), "steps": 4, "regression_weight": 0.0}
-APART = {"guidance": "decoupled", "guidance_levels": "shared", "normaliser": "dmd", "joint_normaliser": False}
+APART = {
+    "guidance": "decoupled",
+    "motion_guidance": 0.0,
+    "guidance_levels": "shared",
+    "normaliser": "dmd",
+    "joint_normaliser": False,
+}
 PROMPTS_DROPPED = {"critic_dropout": 0.5, "critic_training_scale": 1.0, "critic_scale": 1.0}
 
 LOSS = {"matching_weight": 1.0}
 TRAJECTORIES = {"source": "trajectories"}
+ROLLING = {"positions": "rolling", "sink": 1, "window": 1, "sink_decay": 1.0}
 QUICK = {"critic_updates": 1}
 QUICK_CAUSAL = {"chunk": 1, "steps": 2}
 """So that tests are quick."""
@@ -33,9 +40,17 @@ BESIDE: dict[str, dict[str, Any]] = {
     "metric": LOSS,
     "huber_c": LOSS | {"metric": "huber_vector"},
     "guidance_scale": LOSS | TRAJECTORIES,
-    "guidance": LOSS,
+    "guidance": LOSS | {"motion_guidance": 0.0},
+    "motion_guidance": LOSS | {"guidance": "coupled"},
     "guidance_levels": LOSS
-    | {"guidance": "decoupled", "joint_normaliser": False, "steps": 4, "start_time": 0.9, "regression_weight": 0.0},
+    | {
+        "guidance": "decoupled",
+        "motion_guidance": 0.0,
+        "joint_normaliser": False,
+        "steps": 4,
+        "start_time": 0.9,
+        "regression_weight": 0.0,
+    },
     "joint_normaliser": LOSS | APART,
     "normaliser": LOSS | {"joint_normaliser": False},
     "divergence": LOSS,
@@ -58,9 +73,14 @@ BESIDE: dict[str, dict[str, Any]] = {
     "critic_dropout": {"critic_training_scale": 1.0, "critic_scale": 1.0},
     "sink": {"window": 1, "sink_decay": 1.0},
     "positions": {"sink": 1, "window": 1},
-    "sink_decay": {"sink": 1, "window": 1, "history": "own"},
-    "history": {"sink_decay": 1.0},
+    "sink_decay": {"sink": 1, "window": 1, "history": "own", "kept": "clean"},
+    "kept": {"sink_decay": 1.0, "history": "own"},
+    "sink_ahead": ROLLING | {"sink_start": 0},
+    "sink_start": ROLLING,
+    "recompute": {"history": "own"},
+    "history": {"sink_decay": 1.0, "kept": "clean"},
     "path_steps": TRAJECTORIES,
+    "vary_memory": {"window": 1},
     "reward_mean": {"relative_to": "mean"},
 }
 """Settings, of those that a method has, beside which an option acts."""
@@ -68,22 +88,27 @@ BESIDE: dict[str, dict[str, Any]] = {
 EQUAL = {
     "tau_law": "`uniform_unshifted` is `uniform` where there is no shift",
     "intervals": "the first phase begins at the start of the grid",
+    "sink_ahead": "the sink is farther ahead until chunks begin `sink_start` less `sink_ahead` frames in",
     "tau_min": "in the first of several phases all levels are above it",
+    "vary_memory": "a window that is drawn may hold all of a short video",
 }
 """Options of which other values may mean the same as the preset's, with the reason."""
 
 _NOT_SID = {
-    "metric", "huber_c", "guidance", "guidance_levels", "joint_normaliser", "divergence", "ratio_clip", "ratio_bins",
+    "metric", "huber_c", "motion_guidance", "guidance", "guidance_levels", "joint_normaliser", "divergence",
+    "ratio_clip", "ratio_bins",
 }  # fmt: skip
 _NOT_CAUSAL = {"step_counts", "steps_condition", "regression_weight", "critic_call_condition", "chain_noise"}
 NEVER: dict[str, set[str]] = {
     "SiDOptions": _NOT_SID,
     "SelfForcingOptions": _NOT_CAUSAL,
     "RewardForcingOptions": _NOT_CAUSAL,
+    "LiveAvatarOptions": _NOT_CAUSAL,
+    "MotionStreamOptions": _NOT_CAUSAL,
     "SelfForcingSiDOptions": _NOT_CAUSAL | _NOT_SID,
-    "CausalInitOptions": {"sink_decay"},
+    "CausalInitOptions": {"sink_decay", "kept", "motion_guidance"},  # the last without prompts of motion, as here
     "PhasedOptions": {"step_counts", "steps_condition"},
-    "DecoupledOptions": {"guidance"},
+    "DecoupledOptions": {"guidance", "motion_guidance"},
 }  # fmt: skip
 """Options that a method shares with others and refuses whatever they are set to."""
 
@@ -94,7 +119,7 @@ _OTHER: dict[str, list[Any]] = {
     "solver_guidance": [2.0], "moment_mean": [0.3], "moment_variance": [0.5], "critic_dropout": [0.9],
     "critic_clamp": [0.5],
     "critic_scale": [2.0], "critic_training_scale": [2.0], "phase": [2],
-    "window": [1, 2], "path_steps": [24],
+    "sink": [0, 1, 2], "window": [1, 2], "path_steps": [24],
 }  # fmt: skip
 
 

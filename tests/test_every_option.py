@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from fewstep import api, live
 from fewstep.api import RoleOptions
+from fewstep.attention.sparse import SparseOptions, sparse_attention
+from fewstep.attention.sparse.adaptive import Sequence as Tokens
 from fewstep.conditions import Encoding, TextOptions
 from fewstep.core.files import checksum
 from fewstep.core.process import Flow
 from fewstep.core.streams import Streams
-from fewstep.core.tensors import Condition
+from fewstep.core.tensors import CONTROLS, Condition
 from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import LABEL, ring
 from fewstep.evaluation.toy import LogisticDiscriminator, ToyRoles
@@ -114,7 +116,9 @@ def done(options: Any) -> str | None:
         roles.hear(method.needs, method.critic_updates, options.counts, options.eta, options.chain_noise)
         roles.hear(*(options.time_grid(count) for count in options.counts))
         for iteration in (LATE_EXIT,) if causal else (1, 2):
-            draw, told = Streams(0).at(iteration, samples), {LABEL: samples % 2}
+            draw = Streams(0).at(iteration, samples)
+            controls = draw.normal("controls", (1, FRAMES, 1, 1), torch.float64)
+            told = {LABEL: samples % 2, CONTROLS: controls}
             clean = roles.exact.sample(SAMPLES * FRAMES, torch.Generator().manual_seed(1))
             real = (clean.view(SAMPLES, FRAMES, SIZE).transpose(1, 2) if causal else clean[:SAMPLES], told)
             pairs = (draw.normal("pair", shape, torch.float64), *real)
@@ -289,6 +293,7 @@ def begun(teacher: Any, out: Path, method: Any = "tdm", **more: Any) -> dict[str
         seen["scales"] = sorted(str(module.scaling) for module in modules if hasattr(module, "scaling"))
         seen["kept"] = any(getattr(module, "gradient_checkpointing", False) for module in modules)
         seen["compiled"] = any(module._compiled_call_impl is not None for module in modules)
+        seen["sparse"] = seats.sparse
         seen["judge"] = None if judge is None else judge.seat.adapter
         raise Begun
 
@@ -309,7 +314,7 @@ GAN = {"method": replace(preset("tdm"), gan_weight=0.1), "real": lambda iteratio
 ROLES: dict[str, tuple[dict[str, Any], Any]] = {
     "roles": ({"rank": 32}, "mixed"), "rank": ({}, 2), "critic_rank": ({}, 8), "alpha": ({}, 8.0),
     "layers": ({}, "all-linear"), "checkpointing": ({}, True), "shard": ({}, True), "compile": ({}, True),
-    "discriminator": ({}, "teacher"),
+    "discriminator": ({}, "teacher"), "sparse": ({}, SparseOptions(kind="asa")),
 }  # fmt: skip
 
 
@@ -325,6 +330,33 @@ def test_an_option_of_roles_does_something(name: str, loaded: Any, tiny_teacher:
     roles, more = replace(RoleOptions(rank=4), **base), GAN if name == "discriminator" else {}
     before = begun(loaded, tmp_path, roles=roles, **more)
     assert begun(teacher, tmp_path, roles=replace(roles, **{name: value}), **more) != before
+
+
+SPARSE: dict[str, tuple[dict[str, Any], Any]] = {
+    "kind": ({"window": 30}, "asa"), "block": ({}, 8), "samples": ({}, 1), "mass": ({}, 0.3),
+    "least": ({"mass": 0.1}, 0.5), "most": ({}, 0.4), "window": ({}, 8), "order": ({}, "raster"),
+    "engine": ({}, "flex"), "critic": ({}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in fields(SparseOptions)])
+def test_an_option_of_sparse_attention_does_something(name: str) -> None:
+    """By what a call returns, or, of the critic and of engines, by who is sparse and what is refused."""
+    base, value = SPARSE[name]
+    options = replace(SparseOptions(kind="asa-gt", block=4, samples=2, mass=0.6, least=0.0, most=1.0, window=4), **base)
+    changed = replace(options, **{name: value})
+    changed.validate()
+    if name == "critic":
+        assert changed.critic  # see tests/models/test_sparse_students.py
+        return
+    numbers = torch.Generator().manual_seed(0)
+    parts = torch.randn(3, 1, 2, 60, 8, generator=numbers).unbind()
+    if name == "engine":
+        with pytest.raises(FewstepError, match="found FlexAttention"):
+            sparse_attention(*parts, Tokens((3, 4, 5), False), changed)
+        return
+    plain, other = (sparse_attention(*parts, Tokens((3, 4, 5), False), each) for each in (options, changed))
+    assert not torch.equal(plain, other)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from fewstep.attention.sparse import SparseOptions
 from fewstep.caching import make_cache
 from fewstep.conditions import CACHE_FOLDER, Encoding, TextOptions
 from fewstep.data.pairs import TeacherPairs
-from fewstep.data.prompts import PromptData
 from fewstep.data.sources import Prompts
 from fewstep.embedded.names import EMOJI, FILMS, name_of, named
 from fewstep.errors import FewstepError
@@ -24,6 +24,8 @@ from fewstep.material import (
     at_first_size,
     fingerprint,
     own_data,
+    prompt_data,
+    require_clips,
     size_list,
     training_prompts,
     trajectories,
@@ -99,6 +101,9 @@ class RoleOptions:
     discriminator: Literal["method", "critic", "teacher"] = "method"
     """Whose features a discriminator reads, for methods that have one: as in the `method`'s paper, or named."""
 
+    sparse: SparseOptions = SparseOptions()
+    """What the student's self-attention sees (docs/sparse.md)."""
+
     def features(self, needs: Needs) -> Literal["critic", "teacher"]:
         """Whose features a discriminator of a method with such needs reads."""
         return needs.features if self.discriminator == "method" else self.discriminator
@@ -115,6 +120,12 @@ class RoleOptions:
                     f"found {name} = {value}, expected at least 1 and at most {_LARGEST_RANK}, fix: 16 to 64 are usual"
                 )
         critic = needs.critic or (needs.discriminator and self.features(needs) == "critic")
+        self.sparse.validate(critic)
+        if self.sparse.on and (needs.causal or self.shard or self.compile):
+            raise FewstepError(
+                "found a sparse student that is causal, sharded or compiled, expected none of these with it, "
+                "fix: leave --sparse at dense, or --shard and --compile off"
+            )
         of_student, of_critic = self.roles == "adapters", critic and self.roles != "copies"
         for names, read, beside in (
             (["rank"], of_student or (of_critic and self.critic_rank is None), "an adapter that takes it (--roles)"),
@@ -259,6 +270,7 @@ def distill(
     backbone = teacher.backbone
     check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
     texts = training_prompts(backbone, prompts)
+    require_clips(options, texts)
     own = {"real": real, "pairs": pairs, "hooks": hooks, "start": start, "reward": reward, "held_out": held_out}
     given = [name for name, value in own.items() if value is not None]
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
@@ -280,7 +292,7 @@ def distill(
             )  # fmt: skip
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
-        real = own_data(backbone, recipe.name, train_options.seed)
+        real = own_data(backbone, texts, recipe.name, train_options.seed)
     if held_out is not None and (hooks is not None or not train_options.evaluate_every):
         raise FewstepError(
             "found held_out, which nothing reads here, expected evaluations that are ours (evaluate_every above 0, and "
@@ -293,7 +305,10 @@ def distill(
     if isinstance(options, CausalInitOptions) and needs.trajectories and pairs is None:
         pairs = trajectories(teacher, options, texts, train_options.seed)
     if needs.pairs and pairs is None:
-        pairs = TeacherPairs(teacher, texts, guidance_scale=_guidance_scale(options), seed=train_options.seed)
+        motion = getattr(options, "motion_guidance", 0.0)
+        pairs = TeacherPairs(
+            teacher, texts, guidance_scale=_guidance_scale(options), motion_guidance=motion, seed=train_options.seed
+        )
     features = roles.features(needs)
     grids = [options.time_grid(count) for count in options.counts]
     choose_scheduler(backbone, grids, options.eta, options.chain_noise)  # refuses what no pipeline could sample
@@ -312,6 +327,7 @@ def distill(
         compile_backend="inductor" if roles.compile else None,
         steps_aware=needs.steps_condition or needs.landing_condition,
         causal=needs.causal,
+        sparse=roles.sparse,
         seed=train_options.seed,
     )
     if start is not None and not roles.shard:
@@ -321,6 +337,8 @@ def distill(
     kept = {name: value for name, value in asdict(roles).items() if name not in (*MEMORY_ONLY, "discriminator")}
     if roles.alpha is None:
         del kept["alpha"]  # runs that began before there was one go on
+    if not roles.sparse.on:
+        del kept["sparse"]
     if needs.discriminator:
         kept["discriminator"] = features
     configuration = {"teacher": backbone.source, "roles": kept, "prompts": fingerprint(texts), **encoding.lossy}
@@ -349,7 +367,7 @@ def distill(
                 result = train(
                     recipe,
                     seats,
-                    PromptData(backbone.encode, texts, train_options.seed),
+                    prompt_data(backbone, texts, train_options.seed),
                     train_options,
                     out,
                     hooks,

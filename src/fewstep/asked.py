@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from fewstep.api import RoleOptions
+from fewstep.attention.sparse import SparseOptions
 from fewstep.conditions import TextOptions
 from fewstep.errors import FewstepError
 from fewstep.methods import METHODS, Options
@@ -86,7 +87,7 @@ def asked_for(run: Path) -> Asked:
             digest=str(record[DATA]["teacher"]),
             options=_options(configuration["method"] if part is None else origin["method"]),
             part=part,
-            roles=_restored(RoleOptions, origin["roles"]),
+            roles=_restored(RoleOptions, _with_sparse(origin["roles"])),
             train={turn: _restored(TrainOptions, read_record(run / turn)["options"]) for turn in turns},
             text=_restored(TextOptions, _with_path(origin["text"])),
             sizes=[str(size) for size in origin["sizes"]],
@@ -183,6 +184,10 @@ def _restored(kind: type[_T], values: Mapping[str, Any]) -> _T:
             "the version of fewstep that the run was made with"
         )
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _with_sparse(roles: Mapping[str, Any]) -> dict[str, Any]:
+    return {**roles, "sparse": _restored(SparseOptions, roles.get("sparse", {}))}  # runs before there was one
 
 
 def _with_path(text: Mapping[str, Any]) -> dict[str, Any]:

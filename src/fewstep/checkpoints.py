@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fewstep.api import load_teacher
+from fewstep.attention.sparse import SparseOptions
 from fewstep.errors import FewstepError
 from fewstep.live import LiveStudent
 from fewstep.methods import METHODS, Options, PhasedOptions
@@ -50,6 +51,7 @@ def load_checkpoint(folder: str | Path, *, device: str | torch.device = "cpu") -
         **{name: told["roles"][name] for name in _OF_ROLES if name in told["roles"]},
         steps_aware=needs.steps_condition or needs.landing_condition,
         critic=False,
+        sparse=SparseOptions(**told["roles"]["sparse"]) if "sparse" in told["roles"] else None,
         seed=told["train"]["seed"],
     )
     seats.load_student_state(found.tensors("ema", device) or found.tensors("student", device))

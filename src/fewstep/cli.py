@@ -15,6 +15,7 @@ COMMANDS = {
     "cache": "encode prompts to disk ahead of distillations",
     "plan": "memory, time and cost of a run before it is launched, and what to change if it does not fit",
     "sample": "draw pictures with a student or the teacher",
+    "stream": "a film without end by a causal student, written as it comes; also by several processes",
     "serve": "a student behind the OpenAI images API, over HTTP",
     "studio": "draw with students and watch runs, in a browser",
     "evaluate": "quality against network calls, relative to the teacher, with intervals",

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from fewstep.data.film_clips import ClipData, FilmClips
 from fewstep.data.film_paths import SIDE
 from fewstep.data.films import film_training_captions
 from fewstep.data.pairs import StateSampler, TeacherTrajectories
-from fewstep.data.prompts import training_captions
+from fewstep.data.prompts import PromptData, training_captions
 from fewstep.data.real import RealFilms, RealScenes
-from fewstep.data.sources import Prompts, read_prompts
+from fewstep.data.sources import FILMS, Prompts, read_prompts
 from fewstep.embedded.names import EMOJI, name_of
 from fewstep.errors import FewstepError
 from fewstep.losses.moments import element_moments
@@ -32,10 +33,12 @@ def training_prompts(backbone: Backbone, prompts: Sequence[str] | str | Path | N
     """`prompts` as texts; those of an embedded teacher's own data where there are none.
 
     Raises:
-        FewstepError: none for another teacher, or empty ones.
+        FewstepError: none for another teacher, empty ones, or clips for a teacher that reads neither tracks nor drives.
     """
     if isinstance(prompts, str | Path):
-        return read_prompts(prompts)
+        prompts = read_prompts(prompts)
+    if isinstance(prompts, FilmClips):
+        backbone.controls(**prompts.told([0], backbone.latent_shape[1]))
     if isinstance(prompts, Prompts):  # checked as they were read, and perhaps too many for a list
         return prompts
     if prompts is not None:
@@ -53,8 +56,13 @@ def training_prompts(backbone: Backbone, prompts: Sequence[str] | str | Path | N
     )
 
 
-def own_data(backbone: Backbone, method: str, seed: int) -> RealData:
-    """An embedded teacher's data: scenes, or films as long as it makes them.
+def prompt_data(backbone: Backbone, texts: Sequence[str], seed: int) -> PromptData:
+    """Conditions of `texts` for the trainer, with tracks and drives where they come with them."""
+    return ClipData(backbone, texts, seed) if isinstance(texts, FilmClips) else PromptData(backbone.encode, texts, seed)
+
+
+def own_data(backbone: Backbone, texts: Sequence[str], method: str, seed: int) -> RealData:
+    """An embedded teacher's data: scenes, or films as long as it makes them, told as `texts` are.
 
     Raises:
         FewstepError: it is another teacher, whose data we do not have, or at another size.
@@ -66,7 +74,7 @@ def own_data(backbone: Backbone, method: str, seed: int) -> RealData:
                 f"found a teacher of films at {width}x{height} for {method}, whose data are {SIDE}x{SIDE}, expected "
                 "that size, fix: leave --width and --height out, or pass real=... in Python"
             )
-        return RealFilms(backbone, frames, seed)
+        return RealFilms(backbone, frames, seed, controls=isinstance(texts, FilmClips))
     if name_of(backbone.source) == EMOJI:
         return RealScenes(backbone, seed)
     raise FewstepError(
@@ -80,10 +88,32 @@ def trajectories(
     teacher: StateSampler, options: CausalInitOptions, texts: Sequence[str], seed: int
 ) -> TeacherTrajectories:
     """Those that the causal initialisation imitates, made as they are needed."""
+    require_clips(options, texts)
     keep = options.time_grid(options.steps)[:-1]
     return TeacherTrajectories(
-        teacher, texts, grid=options.path_grid, keep=keep, guidance_scale=options.guidance_scale, seed=seed
+        teacher,
+        texts,
+        grid=options.path_grid,
+        keep=keep,
+        guidance_scale=options.guidance_scale,
+        motion_guidance=options.motion_guidance,
+        seed=seed,
     )
+
+
+def require_clips(options: Options, texts: Sequence[str]) -> None:
+    """Refuses motion guidance where prompts say nothing of motion.
+
+    Raises:
+        FewstepError: it is above 0, and the prompts are no `FilmClips`.
+    """
+    motion = getattr(options, "motion_guidance", 0.0)
+    if motion and not isinstance(texts, FilmClips):
+        raise FewstepError(
+            f"found motion_guidance {motion} with prompts that say nothing of motion, expected prompts that come with "
+            f"tracks, fix: --prompts {FILMS} (prompts=fewstep.data.film_clips.FilmClips()) with a teacher of "
+            "controlled films, or motion_guidance 0"
+        )
 
 
 def with_moments(options: Options, teacher: Teacher, texts: Sequence[str]) -> Options:
@@ -139,4 +169,6 @@ def fingerprint(texts: Sequence[str]) -> dict[str, Any]:
     hashed = blake2b(digest_size=8)
     for place, text in enumerate(texts):
         hashed.update(f"\n{text}".encode() if place else text.encode())
+    if isinstance(texts, FilmClips):
+        hashed.update(repr(texts.left_out).encode())
     return {"count": len(texts), "hash": hashed.hexdigest()}

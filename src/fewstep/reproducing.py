@@ -191,7 +191,7 @@ def _prompts(asked: Asked, told: Sequence[str] | str | Path | None) -> Sequence[
         )
     if source == OWN:
         return None
-    texts = read_prompts(source) if isinstance(source, str | Path) else list(source)
+    texts = read_prompts(source) if isinstance(source, str | Path) else source
     now, before = fingerprint(texts), asked.fingerprint
     if now != before:
         raise FewstepError(

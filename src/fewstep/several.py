@@ -21,12 +21,22 @@ from torch import Tensor
 
 from fewstep.api import EMOJI, MEMORY_ONLY, STUDENT_FOLDER, RoleOptions, check_sharding, export, load_teacher
 from fewstep.conditions import Encoding, TextOptions
+from fewstep.data.film_clips import FilmClips
 from fewstep.data.prompts import PromptData
 from fewstep.data.real import RealScenes
 from fewstep.data.sources import Prompts
 from fewstep.errors import FewstepError
 from fewstep.live import usual_hooks
-from fewstep.material import at_first_size, fingerprint, own_data, size_list, training_prompts, with_moments
+from fewstep.material import (
+    at_first_size,
+    fingerprint,
+    own_data,
+    prompt_data,
+    require_clips,
+    size_list,
+    training_prompts,
+    with_moments,
+)
 from fewstep.methods.base import Needs, Options
 from fewstep.methods.matching_options import MatchingOptions
 from fewstep.methods.msd import Part, Stage, msd_stages
@@ -82,7 +92,7 @@ def distill_phases(
     needs = options.build().needs
     listed = size_list(backbone, sizes, needs, train_options.seed)
     if needs.real_data and real is None:
-        real = own_data(backbone, "phased", train_options.seed)
+        real = own_data(backbone, texts, "phased", train_options.seed)
 
     def turn(phase: int) -> Turn:
         own, folder = replace(options, phase=phase), Path(out) / f"phase-{phase}"
@@ -109,7 +119,7 @@ def distill_phases(
         if group.leads and not resume:
             refuse_run(Path(out) / turns[0].name)  # rather than after all prompts are encoded
         with encoding.ready(group):
-            data = PromptData(backbone.encode, texts, train_options.seed)
+            data = prompt_data(backbone, texts, train_options.seed)
             shape = listed or backbone.latent_shape
             result, seats = train_in_turn(
                 turns, data, out, noise_shape=shape, real=real, configuration=configuration, resume=resume
@@ -182,6 +192,11 @@ def distill_part(
         )
     loaded, texts = _begin(teacher, dm, prompts, roles, list(settings.values()))
     backbone = loaded.backbone
+    if isinstance(texts, FilmClips):
+        raise FewstepError(
+            "found prompts that come with tracks and drives for MSD, whose router knows texts alone, expected texts, "
+            "fix: leave --prompts out, or list(clips) in Python"
+        )
     if smaller and backbone.quantised is not None:
         raise FewstepError(
             f"found a base in {backbone.quantised} to cut a smaller student from, expected whole weights, "
@@ -202,7 +217,7 @@ def distill_part(
     given = [] if real is None else ["real"]
     origin = recorded(loaded, dm, read_from, [], given, roles=roles, text=text or TextOptions(), part=asked)
     if real is None and any(stage.options.build().needs.real_data for stage in stages):
-        if not isinstance(own_data(backbone, "msd", first.seed), RealScenes):
+        if not isinstance(own_data(backbone, texts, "msd", first.seed), RealScenes):
             raise FewstepError(
                 "found the teacher of films for a discriminator of MSD, expected real films of this part's captions, "
                 "fix: pass real=... in Python, or set gan_weight to 0"
@@ -282,7 +297,9 @@ def _begin(
     for settings in train_options:
         check_sharding(backbone, roles, settings, makes_pairs=False)
     choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)
-    return loaded, training_prompts(backbone, prompts)
+    texts = training_prompts(backbone, prompts)
+    require_clips(options, texts)
+    return loaded, texts
 
 
 def _router(backbone: Backbone, texts: Sequence[str], parts: int | Sequence[Sequence[str]], out: Path) -> Router:
@@ -322,6 +339,7 @@ def _role_options(roles: RoleOptions, needs: Needs, seed: int) -> dict[str, Any]
         "critic": needs.critic or (needs.discriminator and features == "critic"),
         "discriminator": features if needs.discriminator else "none",
         "steps_aware": needs.steps_condition or needs.landing_condition,
+        "sparse": roles.sparse,
         "seed": seed,
     }
 
@@ -330,6 +348,8 @@ def _configuration(backbone: Backbone, roles: RoleOptions, texts: Sequence[str])
     kept = {name: value for name, value in asdict(roles).items() if name not in MEMORY_ONLY}
     if roles.alpha is None:
         del kept["alpha"]  # runs that began before there was one go on
+    if not roles.sparse.on:
+        del kept["sparse"]
     size = {"size": backbone.told_size} if backbone.told_size else {}
     return {"teacher": backbone.source, "roles": kept, "prompts": fingerprint(texts), **size}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.core.guidance import guided, guided_parts
-from fewstep.core.tensors import Condition
+from fewstep.core.guidance import guided, guided_parts, joined, joint_weights
+from fewstep.core.tensors import CONTROLS, Condition
 from fewstep.errors import FewstepError
 
 
@@ -56,3 +56,41 @@ def test_a_null_condition_that_does_not_fit_is_refused_before_the_call() -> None
     with pytest.raises(FewstepError, match="fix: "):
         guided(model, X, T, CONDITION, {}, 2.0)
     assert model.rows == []
+
+
+JOINT = CONDITION | {CONTROLS: torch.tensor([[0.3, -0.2], [1.0, 0.0], [0.0, 2.0]])}
+
+
+class Steered(Recorder):
+    """One that also does as its controls say."""
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return super().__call__(x, t, condition) + (condition[CONTROLS] * condition["shift"]).cos()
+
+
+def test_joint_guidance_is_equation_2_in_one_call() -> None:
+    """M5."""
+    model, text, motion = Steered(), 3.0, 1.5
+    value = guided(model, X, T, JOINT, NULL | {CONTROLS: JOINT[CONTROLS]}, text, motion)
+    assert model.rows == [9]
+    still = torch.zeros_like(JOINT[CONTROLS])
+    both, of_motion = model(X, T, JOINT), model(X, T, NULL | {CONTROLS: JOINT[CONTROLS]})
+    of_text = model(X, T, CONDITION | {CONTROLS: still})
+    alpha = text / (text + motion)
+    base = alpha * of_motion + (1 - alpha) * of_text
+    torch.testing.assert_close(value, base + text * (both - of_motion) + motion * (both - of_text))
+
+
+def test_weights_of_joint_guidance() -> None:
+    """M5: the card's numbers, sum 1, and the limits, which are guidance by one of the two."""
+    assert joint_weights(3.0, 1.5) == pytest.approx((4.5, -7 / 3, -7 / 6), abs=1e-15)
+    assert joint_weights(3.0, 0.0) == (3.0, -2.0, 0.0)
+    assert joint_weights(0.0, 2.0) == (2.0, 0.0, -1.0)
+    for scales in ((3.0, 1.5), (1.0, 1.0), (0.5, 7.0)):
+        assert sum(joint_weights(*scales)) == pytest.approx(1, abs=1e-14)
+        torch.testing.assert_close(joined((X, X, X), *scales), X)
+
+
+def test_guidance_of_motion_asks_for_controls() -> None:
+    with pytest.raises(FewstepError, match="conditions of \\['shift'\\], expected controls among them"):
+        guided(Recorder(), X, T, CONDITION, NULL, 3.0, 1.5)

@@ -16,7 +16,7 @@ from fewstep.commands import teacher as command
 from fewstep.data.films import draw_film_caption, draw_films, film_training_captions
 from fewstep.data.real import RealFilms
 from fewstep.data.scenes import held_out
-from fewstep.embedded.autoencoder import build_autoencoder
+from fewstep.embedded.autoencoder import build_autoencoder, train_autoencoder
 from fewstep.embedded.film_build import FILM_FOLDER, FilmBuildOptions, build_film_teacher
 from fewstep.embedded.film_teacher import (
     LATENT_CHANNELS,
@@ -26,6 +26,7 @@ from fewstep.embedded.film_teacher import (
     build_film_autoencoder,
     build_film_tokenizer,
     film_frames,
+    told_controls,
 )
 from fewstep.embedded.training import TOKENS
 from fewstep.evaluation.film_run import film_captions, rendered_scores
@@ -46,7 +47,8 @@ def test_size_and_shape() -> None:
     model = FilmModel()
     assert 2e6 < sum(p.numel() for p in model.transformer.parameters()) < 4.2e6
     with torch.no_grad():
-        flow = model(torch.randn(2, LATENT_CHANNELS, 4, 8, 8), torch.tensor([0.3, 1.0]), ["a frog", ""])
+        nothing = (torch.full((2, 4, 2), torch.nan), torch.full((2, 4), torch.nan), torch.zeros(2, 1))
+        flow = model(torch.randn(2, LATENT_CHANNELS, 4, 8, 8), torch.tensor([0.3, 1.0]), ["a frog", ""], *nothing)
     assert flow.shape == (2, LATENT_CHANNELS, 4, 8, 8)
 
 
@@ -81,7 +83,7 @@ def test_the_loss_is_zero_at_the_flow_from_data_to_noise(monkeypatch: pytest.Mon
         x0 = encode_frames(training.autoencoder, films.pixels)
     told: list[str] = []
 
-    def forward(x: torch.Tensor, t: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    def forward(x: torch.Tensor, t: torch.Tensor, captions: list[str], *controls: torch.Tensor) -> torch.Tensor:
         told.extend(captions)
         assert ((t > 0) & (t < 1)).all()
         return (x - x0) / t.view(-1, 1, 1, 1, 1) + wrong  # noise - data, as x = data + t (noise - data)
@@ -152,9 +154,10 @@ def test_encoded_captions_are_those_of_training(built: Path) -> None:
     backbone, model = load_backbone(built / FILM_FOLDER), FilmModel()
     model.text_encoder.load_state_dict(backbone.pipeline.text_encoder.state_dict())
     seen: list[torch.Tensor] = []
-    model.transformer.forward = lambda x, t, states, return_dict: seen.append(states) or (x,)  # type: ignore[method-assign]
+    model.transformer.forward = lambda x, t, states, return_dict: seen.append(states) or (x[:, :LATENT_CHANNELS],)  # type: ignore[method-assign]
     captions = ["a singing frog hops to the right on a green background", ""]
-    model(torch.zeros(2, LATENT_CHANNELS, 1, 8, 8), torch.ones(2), captions)
+    nothing = (torch.full((2, 1, 2), torch.nan), torch.full((2, 1), torch.nan), torch.zeros(2, 1))
+    model(torch.zeros(2, LATENT_CHANNELS, 1, 8, 8), torch.ones(2), captions, *nothing)
     (told,) = backbone.encode(captions).values()
     torch.testing.assert_close(told, seen[0], rtol=1e-3, atol=1e-3)
     assert (told[1, 1:] == 0).all()
@@ -164,10 +167,15 @@ def test_films_are_scored_and_the_card_says_so(
     built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, table = built / FILM_FOLDER, built / "table.json"
-    told = ["--teacher", folder, "--steps", 1, "--scales", 1, "--frames", 9, "--count", 2, "--out", table]
-    command.main(["table-video", *map(str, told)])
+    told = ["--teacher", folder, "--steps", 1, "--scales", 1, "--motion", 1.5, "--frames", 9, "--count", 2]
+    command.main(["table-video", *map(str, told), "--out", str(table)])
     rows = json.loads(table.read_text())
-    assert list(rows) == ["rendered", "1 steps, guidance 1"]
+    assert list(rows) == ["rendered", "1 steps, guidance 1", "1 steps, tracks and drives, motion 1.5"]
+    assert (rows["1 steps, guidance 1"]["error"], rows["1 steps, guidance 1"]["correlation"]) == (None, None)
+    controlled = rows["1 steps, tracks and drives, motion 1.5"]
+    assert controlled["calls"] == 3
+    assert controlled["error"] > 0
+    assert -1 <= controlled["correlation"] <= 1
     assert rows["rendered"]["thing"] == 1
     assert rows["rendered"]["error"] < 0.05
     assert rows["1 steps, guidance 1"]["calls"] == 1
@@ -182,3 +190,54 @@ def test_evaluation_uses_held_out_captions_and_its_ceiling_is_full_marks() -> No
     assert film_captions(5) == film_captions(5)
     scores = rendered_scores(8).scores
     assert scores.thing == scores.voice == scores.background == scores.same_thing == 1
+
+
+def test_what_is_told_is_told_for_some_films_and_chunks() -> None:
+    options, rng = FilmOptions(), np.random.default_rng(0)
+    tracks, drives = torch.rand(400, 24, 2), torch.rand(400, 24)
+    told_tracks, told_drives, ids = told_controls(tracks, drives, options, rng)
+    seen = told_tracks.isfinite()[..., 0]
+    assert torch.equal(told_tracks[seen], tracks[seen])
+    some = seen.any(1)
+    assert abs(float(some.float().mean()) - 0.5) < 0.1
+    chunks = seen[some].unflatten(1, (-1, 3))
+    assert (chunks.all(2) == chunks.any(2)).all()
+    assert chunks[:, 0].all()
+    assert abs(float(chunks[:, 1:].float().mean()) - 0.8) < 0.05
+    loud = told_drives.isfinite()
+    assert (loud.all(1) == loud.any(1)).all()
+    assert abs(float(loud.float().mean()) - 0.5) < 0.1
+    assert abs(float((loud[:, 0] & some).float().mean()) - 0.25) < 0.1  # each by itself
+    assert len(ids.unique()) > 150
+
+
+def test_the_autoencoder_resumes_to_the_bit(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+
+    class Stopped(Exception):
+        pass
+
+    def draw(count: int, rng: np.random.Generator) -> torch.Tensor:
+        drawn.append(1)
+        if len(drawn) == stop:
+            raise Stopped
+        return torch.from_numpy(rng.uniform(-1, 1, (count, 3, 8, 8)).astype(np.float32))
+
+    def train(**more: Path) -> dict[str, torch.Tensor]:
+        told = {"draw": draw, "batch": 2, "save_seconds": -1.0, **more}
+        torch.manual_seed(0)
+        return train_autoencoder(5, lambda *_: None, start=build_autoencoder(8), **told).state_dict()  # type: ignore[arg-type]
+
+    drawn: list[int] = []
+    stop = 0
+    torch.manual_seed(0)
+    start = build_autoencoder(8).state_dict()
+    straight = train()
+    drawn, stop = [], 4
+    with pytest.raises(Stopped):
+        train(state=tmp_path / "state.safetensors")
+    drawn, stop = [], 0
+    resumed = train(state=tmp_path / "state.safetensors")
+    assert len(drawn) == 2  # of 5, three had been made and saved
+    assert all(torch.equal(straight[name], value) for name, value in resumed.items())
+    assert not all(torch.equal(start[name], value) for name, value in resumed.items())

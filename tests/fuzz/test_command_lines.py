@@ -19,20 +19,22 @@ from tests.fuzz.test_options import values
 import fewstep
 from fewstep import api
 from fewstep.api import RoleOptions
-from fewstep.commands import cache, distill, evaluate, export, msd, plan, reproduce, sample
+from fewstep.attention.sparse import SparseOptions
+from fewstep.commands import cache, distill, evaluate, export, msd, plan, reproduce, sample, stream
 from fewstep.conditions import Encoding, TextOptions
 from fewstep.embedded.build import TEACHER_FOLDER, shipped
 from fewstep.methods import METHODS, preset
 from fewstep.models.loading import load_backbone
 from fewstep.training.options import TrainOptions
 
-TRAINING = (distill.RunOptions, distill.SizeOptions, TextOptions, RoleOptions, TrainOptions)
+TRAINING = (distill.RunOptions, distill.SizeOptions, TextOptions, RoleOptions, SparseOptions, TrainOptions)
 OPTIONS: dict[str, tuple[type, ...]] = {
     "distill": TRAINING,
-    "msd": (distill.RunOptions, TextOptions, RoleOptions, TrainOptions, msd.PartOptions),
-    "plan": (plan.PlanOptions, distill.SizeOptions, RoleOptions, TrainOptions),
+    "msd": (distill.RunOptions, TextOptions, RoleOptions, SparseOptions, TrainOptions, msd.PartOptions),
+    "plan": (plan.PlanOptions, distill.SizeOptions, RoleOptions, SparseOptions, TrainOptions),
     "cache": (cache.Cache,),
     "sample": (sample.Sample,),
+    "stream": (stream.Stream,),
     "evaluate": (evaluate.Evaluate,),
     "export": (export.Export,),
     "reproduce": (reproduce.Reproduce,),
@@ -106,9 +108,16 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Itera
         yield place
 
 
+def flag_of(kind: type, name: str) -> str:
+    """What the command line calls a field; those of sparse attention have names of their own there."""
+    if kind is SparseOptions:
+        return "sparse" if name == "kind" else f"sparse-{name}"
+    return name.replace("_", "-")
+
+
 def sound(kind: type, name: str) -> st.SearchStrategy[list[str]]:
     """An option with a value of its type, of any size."""
-    flag = name.replace("_", "-")
+    flag = flag_of(kind, name)
     if get_type_hints(kind)[name] is bool:
         return st.sampled_from([[f"--{flag}"], [f"--no-{flag}"]])
     if "str" in str(get_type_hints(kind)[name]) or "Path" in str(get_type_hints(kind)[name]):
@@ -129,15 +138,16 @@ def lines(draw: Any) -> list[str]:
         words.append(method)
         if method in METHODS:
             kinds = (*kinds, type(preset(method)))
-    if name in ("distill", "msd", "sample", "evaluate", "cache") and draw(st.booleans()):
-        words += ["--student" if name in ("sample", "evaluate") else "--teacher", draw(st.sampled_from(PATHS))]
-        words += [] if name == "sample" else ["--prompts", "prompts.txt"]
-    known = [(kind, entry.name) for kind in kinds for entry in fields(kind)]
+    if name in ("distill", "msd", "sample", "stream", "evaluate", "cache") and draw(st.booleans()):
+        whose = "--student" if name in ("sample", "stream", "evaluate") else "--teacher"
+        words += [whose, draw(st.sampled_from(PATHS))]
+        words += [] if name in ("sample", "stream") else ["--prompts", "prompts.txt"]
+    known = [(kind, entry.name) for kind in kinds for entry in fields(kind) if entry.name != "sparse"]
     for _ in range(draw(st.integers(0, 3))):
         if known and draw(st.integers(0, 9)) < 7:
             words += draw(st.sampled_from(known).flatmap(lambda option: sound(*option)))
         else:
-            flags = [f"--{name.replace('_', '-')}" for _, name in known]
+            flags = [f"--{flag_of(kind, name)}" for kind, name in known]
             words.append(draw(st.sampled_from([*flags, "--nonsense", "--no-resume", "-x"])))
             words += draw(st.lists(st.sampled_from(JUNK), max_size=2))
     if name in ("export", "reproduce", "compare", "teacher", "league"):

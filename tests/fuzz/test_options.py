@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -21,6 +21,8 @@ COUNTS = st.integers(-2, 12) | st.sampled_from([1001, 2**31, 2**63, 10**30])
 def values(kind: type, name: str) -> st.SearchStrategy[Any]:
     """Values that the command line could hand to this field, sound or not."""
     hint = get_type_hints(kind)[name]
+    if is_dataclass(hint):
+        return changes(hint).map(lambda told: hint(**told))  # type: ignore[arg-type]
     choices = [get_args(one) for one in (hint, *get_args(hint)) if get_origin(one) is Literal]
     if choices:
         return st.sampled_from([*choices[0], "nonsense"])

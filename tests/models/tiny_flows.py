@@ -159,16 +159,17 @@ def film() -> Any:
     from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
     from fewstep.models.film import FilmPipeline
+    from fewstep.models.tracks import TrackHead
 
     torch.manual_seed(0)
-    words = tokenizer()
+    words, head = tokenizer(), TrackHead(3)
     transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        num_attention_heads=2, attention_head_dim=12, in_channels=4 + head.width, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3, num_encoder_blocks=(1,) * 3,
         num_decoder_blocks=(1,) * 3, latent_channels=4, scaling_factor=1.0,
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return FilmPipeline(words, t5("UMT5EncoderModel", words), vae, scheduler, transformer)
+    return FilmPipeline(words, t5("UMT5EncoderModel", words), vae, scheduler, transformer, head)

@@ -20,7 +20,7 @@ from fewstep.api import RoleOptions  # noqa: E402
 from fewstep.core.shards import is_sharded, whole  # noqa: E402
 from fewstep.core.streams import Streams  # noqa: E402
 from fewstep.live import LiveCausalStudent  # noqa: E402
-from fewstep.methods import SelfForcingOptions  # noqa: E402
+from fewstep.methods import LiveAvatarOptions, SelfForcingOptions  # noqa: E402
 from fewstep.methods.base import Batch  # noqa: E402
 from fewstep.methods.self_forcing import layout_of  # noqa: E402
 from fewstep.models import Roles, build_roles, load_backbone  # noqa: E402
@@ -30,6 +30,7 @@ from fewstep.training.options import TrainOptions  # noqa: E402
 
 SIZE = {"height": 16, "width": 32, "num_frames": 9}
 OPTIONS = SelfForcingOptions(chunk=1, sink=1, window=1, steps=2, critic_updates=1)
+AGAIN = LiveAvatarOptions(chunk=1, window=1, steps=2, critic_updates=1, recompute=True)
 TRAIN = TrainOptions(
     iterations=1, batch=2, warmup=0, tensorboard=False, student_rate=0.0, weight_decay=0.0, ema_decay=0.0
 )
@@ -46,9 +47,9 @@ def made(folder: Path, kind: Any) -> Roles:
     return roles
 
 
-def losses_and_gradients(roles: Roles, spread: bool) -> list[Tensor]:
+def losses_and_gradients(roles: Roles, spread: bool, options: SelfForcingOptions) -> list[Tensor]:
     """Of critic and student on two videos of the student's own, and its film afterwards."""
-    method, networks = OPTIONS.build(), Networks(roles, "fp32", torch.device("cpu"))
+    method, networks = options.build(), Networks(roles, "fp32", torch.device("cpu"))
     if spread:
         networks.in_step()
     backbone: Any = roles.backbone
@@ -69,18 +70,18 @@ def losses_and_gradients(roles: Roles, spread: bool) -> list[Tensor]:
         assert max(float(part.abs().max()) for part in found[-len(parameters) :]) > 1e-6
         for parameter in [*roles.student_parameters(), *roles.critic_parameters()]:
             parameter.grad = None
-    layout = layout_of(OPTIONS)
+    layout = layout_of(options)
     assert layout is not None
-    return [*found, LiveCausalStudent(roles, OPTIONS, layout).latents(PROMPTS[:2], [3, 4])]
+    return [*found, LiveCausalStudent(roles, options, layout).latents(PROMPTS[:2], [3, 4])]
 
 
-def exact(folder: Path, kind: str) -> None:
+def exact(folder: Path, kind: str, options: SelfForcingOptions = OPTIONS) -> None:
     """Spread weights give the losses, gradients and films of whole ones."""
     spread, one = made(folder, kind), made(folder, kind)
     shard(spread)
     assert all(is_sharded(parameter) for parameter in spread.student_parameters())
-    wanted = losses_and_gradients(one, False)
-    for a, b in zip(losses_and_gradients(spread, True), wanted, strict=True):
+    wanted = losses_and_gradients(one, False, options)
+    for a, b in zip(losses_and_gradients(spread, True, options), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7 * float(b.abs().max()))
 
 
@@ -103,6 +104,7 @@ def begins(folder: Path) -> None:
 CHECKS = {
     "adapters": lambda folder: exact(folder, "adapters"),
     "copies": lambda folder: exact(folder, "copies"),
+    "noisy and computed again": lambda folder: exact(folder, "copies", AGAIN),
     "begins": begins,
 }
 

@@ -17,6 +17,7 @@ from fewstep.data.pairs import TeacherTrajectories
 from fewstep.errors import FewstepError
 from fewstep.methods import CausalInitOptions, preset
 from fewstep.methods.base import Batch
+from fewstep.methods.causal_init import drawn_memory
 
 OPTIONS = CausalInitOptions(chunk=1, window=1, steps=2, path_steps=4)
 
@@ -91,3 +92,18 @@ def test_what_is_refused() -> None:
     with pytest.raises(FewstepError, match="path_steps = 50"):
         replace(OPTIONS, steps=4, path_steps=50).validate()
     assert preset("teacher-forcing").build().needs.real_data
+
+
+def test_a_varied_memory_is_drawn_in_every_iteration() -> None:
+    """The same for all processes, any sink of 0 to 2 and any window; and it is what the loss attends by."""
+    drawn = [drawn_memory(OPTIONS, FRAMES, draw(iteration)) for iteration in range(80)]
+    assert {layout.sink for layout in drawn} == {0, 1, 2}
+    assert {layout.window for layout in drawn} == {1, 2, 3, 4}
+    other = [drawn_memory(OPTIONS, FRAMES, draw(iteration, range(2, 4))) for iteration in range(80)]
+    assert drawn == other
+    roles, losses = WanRoles(), []
+    for options in (replace(OPTIONS, vary_memory=True), replace(OPTIONS, sink=drawn[7].sink, window=drawn[7].window)):
+        method = options.build()
+        path = method.rollout(batch_of(roles), roles, draw(7))
+        losses.append(method.student_loss(path, roles, draw(7)).values)
+    assert torch.equal(*losses)

@@ -158,6 +158,7 @@ def test_a_session(serve: Any, folder: Path, capfd: pytest.CaptureFixture[str]) 
     assert status(f"{url}/gradio_api/upload", b"x") == 404
     assert status(f"{url}/gradio_api/proxy=http://127.0.0.1:1/") == 404
     assert status(f"{url}/docs") == 404
+    assert status(f"{url}/live") == status(f"{url}/live/students") == 200
     with urllib.request.urlopen(f"{url}/config", timeout=60) as answer:
         config = answer.read().decode()
     assert '"analytics_enabled":false' in config

@@ -77,6 +77,9 @@ def test_refusals(student: Path, tmp_path: Path) -> None:
         desk.by_student("mine", PROMPT, 0, 3)
     with pytest.raises(FewstepError, match="no student at"):
         desk.steps("broken")
+    assert desk.streamers() == []
+    with pytest.raises(FewstepError, match="'mine', which makes whole samples"):
+        desk.streamer("mine")
     with pytest.raises(FewstepError, match="found nothing at .*nowhere"):
         desk.by_teacher("mine", PROMPT, 0)
 

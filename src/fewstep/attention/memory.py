@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.attention.causal import Call, CausalAttention, KeysAndValues, attention
 from fewstep.attention.layout import Layout
 from fewstep.core.guidance import Denoiser
-from fewstep.core.tensors import Condition, at_least_float32
+from fewstep.core.tensors import CONTROLS, Condition, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class CachedMemory:
         student: the network as a denoiser.
         seat: the network's attention.
         layout: what is remembered.
-        condition: what the student is told, until `tell` says otherwise.
+        condition: what the student is told, until `tell` says otherwise; each chunk is told of `CONTROLS` its own
+            frames, counted from the first chunk, and where they have come to an end nothing.
     """
 
     def __init__(self, student: Denoiser, seat: CausalAttention, layout: Layout, condition: Condition) -> None:
@@ -46,6 +47,7 @@ class CachedMemory:
         """Those remembered, in order; the first is the blended sink where there is one."""
         self.finished = 0
         """Chunks that have been finished so far, forgotten ones included."""
+        self._steered: Tensor | None = None
         self.tell(condition)
 
     def tell(self, condition: Condition) -> None:
@@ -54,10 +56,14 @@ class CachedMemory:
         self._text: dict[int, KeysAndValues] = {}
         self._context = self._fresh()
 
+    def steer(self, controls: Tensor | None) -> None:
+        """The next chunk alone is told these `CONTROLS` (B, K, n, h, w), not the condition's own; None: those."""
+        self._steered = controls
+
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """The next chunk (B, C, n, ...) at `t` (B,) -> denoised; one forward of n frames."""
         with self._seat.within(self._context):
-            return self._student(x, t, self._condition)
+            return self._student(x, t, self._told())
 
     @torch.no_grad()
     def remember(self, x: Tensor) -> None:
@@ -66,6 +72,7 @@ class CachedMemory:
         self.denoise(x, torch.zeros(len(x), dtype=at_least_float32(x.dtype), device=x.device))
         layers = tuple(made[layer] for layer in sorted(made))
         self.finished += 1
+        self._steered = None
         known = [*self.chunks, Chunk(self.finished - 1, layers)]
         self.chunks = tuple(chunk for chunk in known if self.layout.keeps(chunk.number, self.finished))
         if self.layout.sink_decay < 1:
@@ -81,14 +88,30 @@ class CachedMemory:
         return twin
 
     @property
+    def awaits(self) -> bool:
+        """Whether `remember` looks at the next chunk once it is finished; if not, its calls have left all there is."""
+        return True
+
+    @property
     def seen_frames(self) -> int:
         """Frames that each token of the next chunk attends to, its own chunk included."""
         return (len(self.chunks) + 1) * self.layout.chunk
 
     @property
+    def remembered(self) -> tuple[Chunk, ...]:
+        """All that is kept of finished chunks."""
+        return self.chunks
+
+    @property
     def bytes(self) -> int:
         """Memory of the keys and values of finished chunks."""
-        return sum(part.nbytes for chunk in self.chunks for layer in chunk.layers for part in layer)
+        return sum(part.nbytes for chunk in self.remembered for layer in chunk.layers for part in layer)
+
+    def _told(self) -> Condition:
+        """What the next chunk is told."""
+        if self._steered is None:
+            return self.layout.told(self._condition, self.finished)
+        return self._condition | {CONTROLS: self._steered}
 
     def _blended(self, sink: Chunk, leaving: Chunk) -> Chunk:
         """Eq. 4 of Reward Forcing, token by token, in float32: bfloat16 loses steps of a thousandth."""
@@ -101,18 +124,27 @@ class CachedMemory:
         pairs = zip(sink.layers, leaving.layers, strict=True)
         return Chunk(sink.number, tuple((blend(a, c), blend(b, d)) for (a, b), (c, d) in pairs))
 
-    def _fresh(self) -> _Reading:
-        return _Reading(self.chunks, self.layout, self.finished, self._text)
+    def _fresh(self) -> Reading:
+        return Reading(self.chunks, self.layout.times(self.finished, [c.number for c in self.chunks]), self._text)
 
 
-class _Reading:
-    """The context of the calls of one chunk. Past keys are turned once for all of them where nothing is trained."""
+class Reading:
+    """The context of calls of one chunk. Past keys are turned once for all of them where nothing is trained.
+
+    Args:
+        chunks: what the calls see beside their own chunk.
+        times: rotary times of the frames of those, and of the chunk's own.
+        text: see `Context`.
+    """
 
     def __init__(
-        self, chunks: tuple[Chunk, ...], layout: Layout, number: int, text: dict[int, KeysAndValues] | None
+        self,
+        chunks: tuple[Chunk, ...],
+        times: tuple[tuple[int, ...], tuple[int, ...]],
+        text: dict[int, KeysAndValues] | None,
     ) -> None:
         self._chunks, self.text = chunks, text
-        self._past_times, self._times = layout.times(number, [chunk.number for chunk in chunks])
+        self._past_times, self._times = times
         self._read: dict[int, KeysAndValues] = {}
         self.made: dict[int, KeysAndValues] | None = None
         """Where not None: filled with what the call makes of its own tokens, layer by layer."""

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from fewstep.attention.causal import CausalAttention
 from fewstep.attention.layout import FRAMES, Layout
 from fewstep.attention.memory import CachedMemory
+from fewstep.attention.noisy import NoisyMemory
 from fewstep.attention.parallel import Parallel
 from fewstep.core.guidance import Denoiser
-from fewstep.core.tensors import Condition
+from fewstep.core.tensors import CONTROLS, Condition
 
 
 class CausalSeat:
@@ -25,6 +26,8 @@ class CausalSeat:
 
     def memory(self, student: Denoiser, layout: Layout, condition: Condition) -> CachedMemory:
         """An empty memory for a video per row of `condition`; `student` is the network as a denoiser."""
+        if layout.kept != "clean":
+            return NoisyMemory(student, self._attention, layout, condition)
         return CachedMemory(student, self._attention, layout, condition)
 
     def parallel(
@@ -43,7 +46,7 @@ class CausalSeat:
             layout: chunks and what they see.
             x: (B, C, F, ...) noisy video.
             t: (B, F) times of its frames, equal within a chunk.
-            condition: what the student is told.
+            condition: what the student is told, `CONTROLS` of all F frames.
             clean: (B, C, F, ...) clean history of all chunks; without it they see each other as they are in `x`.
 
         Returns:
@@ -54,5 +57,7 @@ class CausalSeat:
         with self._attention.within(context):
             if clean is None:
                 return student(x, t, condition)
+            if CONTROLS in condition:  # a clean frame is told what it was made with
+                condition = condition | {CONTROLS: torch.cat([condition[CONTROLS]] * 2, FRAMES)}
             both = student(torch.cat([clean, x], FRAMES), torch.cat([torch.zeros_like(t), t], 1), condition)
         return both.narrow(FRAMES, frames, frames)

@@ -31,7 +31,7 @@ class RunOptions:
     """Run folder: log, checkpoints, student. Refused if it holds another run."""
     prompts: str | None = None
     """PATH or PATH:COLUMN of a text, .jsonl, .csv, .parquet or .tar file, or of a folder of them (docs/prompts.md). The
-    embedded teacher has captions of its own."""
+    embedded teacher has captions of its own; `films` are those of the embedded films, with their tracks and drives."""
     start: Path | None = None
     """Folder of a student whose weights this one begins with, such as that of `causal-init` for `self-forcing`; for
     roles `copies` or `mixed`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,10 @@ class TrainVideo:
 
 @dataclass(kw_only=True)
 class TableVideo:
-    """Score the video teacher over steps and guidance; for its card. Rendered films are the first row."""
+    """Score the video teacher over steps and guidance; for its card. Rendered films are the first row.
+
+    Then once more with tracks and drives told, over the guidance of motion: error in pixels, correlation with a drive.
+    """
 
     teacher: Path = Path("runs/video-teacher") / FILM_FOLDER
     """Its pipeline folder."""
@@ -37,6 +41,8 @@ class TableVideo:
     """Solver steps."""
     scales: tuple[float, ...] = (1.0, 3.0)
     """Guidance scales; 1 means none."""
+    motion: tuple[float, ...] = (0.0, 1.5)
+    """Motion guidance beside the last of these where tracks and drives are told; 0 means none."""
     frames: int = 24
     """Frames of a film."""
     count: int = 64
@@ -73,10 +79,16 @@ def _table(arguments: list[str]) -> None:
     result = rendered_scores(args.count, args.frames)
     rows = {"rendered": film_record(result)}
     print(film_line("rendered", result), flush=True)
-    for scale in args.scales:
+    settings: list[tuple[str, dict[str, Any]]] = [
+        (f"guidance {scale:g}", {"guidance_scale": scale}) for scale in args.scales
+    ]
+    for motion in args.motion:
+        told = {"guidance_scale": args.scales[-1], "motion_guidance": motion, "tracks": True, "drives": True}
+        settings.append((f"tracks and drives, motion {motion:g}", told))
+    for words, told in settings:
         for steps in args.steps:
-            result = evaluate_films(teacher, steps=steps, count=args.count, seed=args.seed, guidance_scale=scale)
-            name = f"{steps} steps, guidance {scale:g}"
+            result = evaluate_films(teacher, steps=steps, count=args.count, seed=args.seed, **told)
+            name = f"{steps} steps, {words}"
             rows[name] = film_record(result)
             print(film_line(name, result), flush=True)
     if args.out:

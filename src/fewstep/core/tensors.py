@@ -10,6 +10,10 @@ from fewstep.errors import FewstepError
 Condition = dict[str, Tensor]
 """What a network is told besides x and t: tensors with the batch at axis 0, by name. May be empty."""
 
+CONTROLS = "controls"
+"""Condition key of what is told frame by frame, such as tracks and a drive signal: (B, C, F, h, w) for F latent frames.
+Zeros, like no such key, say nothing."""
+
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """Per-sample `values` (B,) as (B, 1, ..., 1), in the dtype and on the device of `like` (B, ...)."""

@@ -76,9 +76,13 @@ def draw_film_caption(rng: np.random.Generator, *, for_evaluation: bool = False)
 
 
 def film_training_captions(count: int = 8192, seed: int = 0) -> list[str]:
-    """Captions of films for a distillation; none of them is held out for evaluation."""
-    rng = np.random.default_rng([seed, 5])
-    return [str(draw_film_caption(rng)) for _ in range(count)]
+    """Captions of the first films for a distillation; none is held out. `FilmClips` has them with tracks and drives."""
+    return [film_caption(index, seed) for index in range(count)]
+
+
+def film_caption(index: int, seed: int = 0) -> str:
+    """That of a training film of `draw_films`, with nothing else of it drawn."""
+    return str(draw_film_caption(_stream(index, seed, 0, False)))
 
 
 @dataclass(frozen=True)
@@ -121,18 +125,46 @@ def draw_films(
 
     told, attributes, tracks, drives, backgrounds = [], [], [], [], []
     for row, index in enumerate(indices):
-        rngs = [np.random.default_rng([seed, int(index), stream, for_evaluation]) for stream in range(4)]
-        caption = captions[row] if captions else draw_film_caption(rngs[0], for_evaluation=for_evaluation)
-        values = [int(rngs[0].choice(caption.choices(name))) for name in FILM_COUNTS]
-        told.append(caption)
-        attributes.append(values)
-        tracks.append(draw_path(MOTIONS[values[1]], frames, rngs[1]))
-        drives.append(draw_drive(frames, rngs[2]) if VOICES[values[2]] == "singing" else np.zeros(frames))
-        backgrounds.append(draw_background(values[3], rngs[3]))
+        script = draw_script(
+            int(index), seed, frames, for_evaluation=for_evaluation, caption=captions[row] if captions else None
+        )
+        told.append(script.caption)
+        attributes.append(script.attributes)
+        tracks.append(script.track)
+        drives.append(script.drive)
+        backgrounds.append(draw_background(script.attributes[3], _stream(int(index), seed, 3, for_evaluation)))
     things = torch.tensor([values[0] for values in attributes], device=device)
     track, drive = (torch.from_numpy(np.stack(rows).astype(np.float32)).to(device) for rows in (tracks, drives))
     ground = torch.stack(backgrounds).to(device)
     return FilmBatch(render_films(things, track, drive, ground), told, np.array(attributes), track, drive, ground)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is known of a film before it is drawn."""
+
+    caption: FilmCaption
+    attributes: list[int]
+    """Indices in the order of `FILM_COUNTS`."""
+    track: np.ndarray
+    """(F, 2), see `FilmBatch.tracks`."""
+    drive: np.ndarray
+    """(F,)"""
+
+
+def draw_script(
+    index: int, seed: int, frames: int, *, for_evaluation: bool = False, caption: FilmCaption | None = None
+) -> Script:
+    """The script of a film of `draw_films`, which costs nothing beside rendering."""
+    words, path, sound = (_stream(index, seed, stream, for_evaluation) for stream in range(3))
+    caption = caption or draw_film_caption(words, for_evaluation=for_evaluation)
+    values = [int(words.choice(caption.choices(name))) for name in FILM_COUNTS]
+    drive = draw_drive(frames, sound) if VOICES[values[2]] == "singing" else np.zeros(frames)
+    return Script(caption, values, draw_path(MOTIONS[values[1]], frames, path), drive)
+
+
+def _stream(index: int, seed: int, stream: int, for_evaluation: bool) -> np.random.Generator:
+    return np.random.default_rng([seed, index, stream, for_evaluation])
 
 
 def draw_background(colour: int, rng: np.random.Generator) -> Tensor:

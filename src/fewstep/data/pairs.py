@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.core.tensors import Condition
+from fewstep.data.film_clips import FilmClips
 from fewstep.data.prompts import shuffled
 
 _CHUNK = 16
@@ -20,10 +21,16 @@ class PairSampler(Protocol):
     def noise(self, seeds: Sequence[int]) -> Tensor: ...
 
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, guidance_scale: float | None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        *,
+        guidance_scale: float | None,
+        **told: Any,
     ) -> Tensor: ...
 
-    def encode(self, prompts: Sequence[str]) -> Condition: ...
+    def encode(self, prompts: Sequence[str], **told: Any) -> Condition: ...
 
 
 class TeacherPairs:
@@ -38,6 +45,7 @@ class TeacherPairs:
         count: how many different pairs.
         steps: teacher steps; the teacher's own number unless told.
         guidance_scale: of the teacher, 1 means none.
+        motion_guidance: of the teacher, 0 means none; for prompts that are `FilmClips`.
         seed: of the order in which pairs are used.
     """
 
@@ -49,9 +57,11 @@ class TeacherPairs:
         *,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        motion_guidance: float = 0.0,
         seed: int = 0,
     ) -> None:
         self._teacher, self._prompts, self.count = teacher, prompts, count
+        self._motion = {"motion_guidance": motion_guidance} if motion_guidance else {}
         self._steps, self._guidance_scale, self._seed = steps, guidance_scale, seed
         self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -59,7 +69,7 @@ class TeacherPairs:
         """Noise (B, ...), the teacher's samples (B, ...) and conditions of global sample numbers (B,)."""
         pairs = [shuffled(int(n), self.count, (self._seed, 9)) for n in samples]
         noise, made = (torch.stack(parts) for parts in zip(*(self._pair(n) for n in pairs), strict=True))
-        return noise, made, self._teacher.encode([self._prompt(n) for n in pairs])
+        return noise, made, self._teacher.encode([self._prompt(n) for n in pairs], **self._told(pairs))
 
     def _prompt(self, pair: int) -> str:
         return self._prompts[pair % len(self._prompts)]
@@ -72,8 +82,16 @@ class TeacherPairs:
         noise, made = self._chunks[chunk]
         return noise[place], made[place]
 
+    def _told(self, pairs: Sequence[int]) -> dict[str, Any]:
+        """Tracks and drives of pairs, where the prompts have them."""
+        clips = self._prompts
+        if not isinstance(clips, FilmClips):
+            return {}
+        return clips.told([n % len(clips) for n in pairs], self._teacher.noise([0]).shape[2])
+
     def _make(self, prompts: list[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        made = self._teacher.latents(prompts, seeds, self._steps, guidance_scale=self._guidance_scale)
+        told = self._motion | self._told(seeds)
+        made = self._teacher.latents(prompts, seeds, self._steps, guidance_scale=self._guidance_scale, **told)
         return self._teacher.noise(seeds), made
 
 
@@ -81,7 +99,13 @@ class StateSampler(PairSampler, Protocol):
     """What trajectories need of a teacher: `fewstep.models.teacher.Teacher` has it."""
 
     def states(
-        self, prompts: Sequence[str], seeds: Sequence[int], grid: Tensor, keep: Tensor, guidance_scale: float
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        grid: Tensor,
+        keep: Tensor,
+        guidance_scale: float,
+        **told: Any,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -95,6 +119,7 @@ class TeacherTrajectories(TeacherPairs):
         grid: (steps + 1,) times of the teacher's sampler.
         keep: (K,) times on it at which states are kept.
         guidance_scale: of the teacher, 1 means none.
+        motion_guidance: of the teacher, 0 means none; for prompts that are `FilmClips`.
         seed: of the order in which they are used.
     """
 
@@ -107,10 +132,14 @@ class TeacherTrajectories(TeacherPairs):
         grid: Tensor,
         keep: Tensor,
         guidance_scale: float,
+        motion_guidance: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(teacher, prompts, count, guidance_scale=guidance_scale, seed=seed)
+        super().__init__(
+            teacher, prompts, count, guidance_scale=guidance_scale, motion_guidance=motion_guidance, seed=seed
+        )
         self._sampler, self._grid, self._keep, self._scale = teacher, grid, keep, guidance_scale
 
     def _make(self, prompts: list[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self._sampler.states(prompts, seeds, self._grid, self._keep, self._scale)
+        told = self._motion | self._told(seeds)
+        return self._sampler.states(prompts, seeds, self._grid, self._keep, self._scale, **told)

@@ -29,6 +29,12 @@ class Encoder(Protocol):
     def encode_images(self, images: Tensor) -> Tensor: ...
 
 
+class Teller(Encoder, Protocol):
+    """Likewise, of films."""
+
+    def told(self, prompts: Sequence[str], tracks: Tensor | None, drives: Tensor | None) -> Condition: ...
+
+
 class RealScenes:
     """An endless sequence of scenes of the embedded data set with their captions, none of them held out."""
 
@@ -51,16 +57,20 @@ class RealScenes:
 
 
 class RealFilms:
-    """An endless sequence of films with their captions, none of them held out; `frames` long, as the backbone's."""
+    """An endless sequence of films with their captions, none of them held out; `frames` long, as the backbone's.
 
-    def __init__(self, backbone: Encoder, frames: int = FRAMES, seed: int = 0) -> None:
-        self._backbone, self._frames, self._seed = backbone, frames, seed
+    With `controls` the conditions also tell their tracks and drives, for runs whose prompts are `FilmClips`.
+    """
+
+    def __init__(self, backbone: Teller, frames: int = FRAMES, seed: int = 0, *, controls: bool = False) -> None:
+        self._backbone, self._frames, self._seed, self._controls = backbone, frames, seed, controls
 
     def __call__(self, iteration: int, samples: Tensor) -> tuple[Tensor, Condition]:
         """Latents (B, ...) and conditions of global sample numbers (B,)."""
         films = draw_films(samples.tolist(), seed=self._seed, frames=self._frames)
         captions = [str(caption) for caption in films.captions]
-        return self._backbone.encode_images(films.pixels.transpose(1, 2)), self._backbone.encode(captions)
+        told = (films.tracks, films.drives) if self._controls else (None, None)
+        return self._backbone.encode_images(films.pixels.transpose(1, 2)), self._backbone.told(captions, *told)
 
 
 class RealImages:

@@ -33,6 +33,8 @@ _MOST_FILES = 100_000
 _LARGEST_MEMBER = 1 << 24
 """Bytes of a shard's member above which it is not read."""
 
+FILMS = "films"
+"""In the place of a path: the captions of the embedded films, with tracks and drives (`fewstep.data.film_clips`)."""
 USUAL_COLUMNS = ("prompt", "text", "caption")
 """Columns that are looked for, in this order, where none is named."""
 
@@ -92,10 +94,18 @@ def read_prompts(where: str | Path) -> Prompts:
             Parquet files or shards, or else a text file with one prompt a line. COLUMN is the field of a record or of a
             shard's `.json` members; unless told "prompt", "text" or "caption", and of shards the `.txt` members.
 
+    In the place of a path the word `FILMS` names the embedded films.
+
     Raises:
         FewstepError: no such file, not UTF-8 text, no such column, control characters, an absurdly long prompt (each
             with its place), nothing in it, or a package missing that reading it takes.
     """
+    if str(where) == FILMS:
+        from fewstep.data.film_clips import FilmClips
+
+        clips = FilmClips()
+        clips.source = FILMS
+        return clips
     try:
         path, column = _split(where)
         prompts = _folder(path, column) if path.is_dir() else _file(path, column)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fewstep.data.scenes import SIDE, Scenes
-from fewstep.embedded.training import precision
+from fewstep.embedded.training import load_state, precision, save_state
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
@@ -75,18 +77,26 @@ def train_autoencoder(
     seed: int = 0,
     bf16: bool = False,
     device: str = "cpu",
+    state: Path | None = None,
+    save_seconds: float = 300.0,
 ) -> AutoencoderTiny:
     """Train from nothing, or from `start`; `report(iteration, loss)` is called every 100 iterations and at the end.
 
-    Trains on what `draw` gives, on crops of scenes unless told.
+    Trains on what `draw` gives, on crops of scenes unless told. With a file `state` it is resumable to the bit: the
+    training continues from what is there, and writes there every `save_seconds`.
     """
     torch.manual_seed(seed)
     autoencoder = start or build_autoencoder()
     autoencoder = autoencoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(autoencoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, iterations, pct_start=0.1)
-    rng, generator, draw = np.random.default_rng(seed), torch.Generator().manual_seed(seed), draw or scene_crops()
-    for iteration in range(1, iterations + 1):
+    done, draw, saved = 0, draw or scene_crops(), time.monotonic()
+    if state is not None and state.exists():
+        done, _ = load_state(state, autoencoder, [optimiser], device)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, iterations, pct_start=0.1, last_epoch=done - 1)
+    for iteration in range(done + 1, iterations + 1):
+        rng = np.random.default_rng([seed, iteration])  # of an iteration alone, so that nothing of it has to be kept
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         images = draw(batch, rng)
         images = images.to(device, memory_format=torch.channels_last)
         with precision(bf16, device):
@@ -98,4 +108,7 @@ def train_autoencoder(
         schedule.step()
         if iteration % 100 == 0 or iteration == iterations:
             report(iteration, loss.item())
+        if state is not None and time.monotonic() - saved > save_seconds:
+            save_state(state, autoencoder, [optimiser], iteration)
+            saved = time.monotonic()
     return autoencoder.cpu()

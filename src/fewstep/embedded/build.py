@@ -47,7 +47,7 @@ class BuildOptions:
     judge_iterations: int = 800
     """Batches of 64 scenes."""
     save_seconds: float = 300.0
-    """How often the teacher's training state is saved."""
+    """How often the training state of teacher and autoencoder is saved."""
     from_shipped: bool = False
     """Start from the shipped autoencoder, judge and teacher instead of from nothing; the optimiser starts anew."""
 
@@ -72,7 +72,8 @@ def build_teacher(
     if rank == 0:
         if build.from_shipped:
             _take_shipped(out)
-        make_autoencoder(out, build.autoencoder_iterations, say, partial(train_autoencoder, device=device))
+        train = partial(train_autoencoder, device=device)
+        make_autoencoder(out, build.autoencoder_iterations, build.save_seconds, say, train)
         _latents(out, options, say)
     if world > 1:
         dist.barrier()
@@ -93,13 +94,22 @@ def _take_shipped(out: Path) -> None:
         shutil.copy(shipped(JUDGE_FILE), out / JUDGE_FILE)
 
 
-def make_autoencoder(out: Path, iterations: int, say: Report, train: Callable[..., AutoencoderTiny]) -> None:
-    """`train` one into `out`, unless it is there."""
+def make_autoencoder(
+    out: Path, iterations: int, save_seconds: float, say: Report, train: Callable[..., AutoencoderTiny]
+) -> None:
+    """`train` one into `out`, unless it is there; one that was stopped goes on."""
     if (out / "autoencoder").exists():
         return
-    autoencoder = train(iterations, lambda i, loss: say(f"autoencoder {i}/{iterations} loss {loss:.4f}"))
+    state = out / "autoencoder.safetensors"
+    autoencoder = train(
+        iterations,
+        lambda i, loss: say(f"autoencoder {i}/{iterations} loss {loss:.4f}"),
+        state=state,
+        save_seconds=save_seconds,
+    )
     autoencoder.save_pretrained(out / "autoencoder.tmp")
     (out / "autoencoder.tmp").rename(out / "autoencoder")
+    state.unlink(missing_ok=True)
 
 
 def _latents(out: Path, options: TeacherOptions, say: Report) -> None:

@@ -1,6 +1,6 @@
 """Build the embedded video teacher: autoencoder (from the image teacher's), teacher, pipeline folder. Resumable.
 
-As `fewstep.embedded.build`: a stage whose file is in the work folder is not repeated, and the training continues from
+As `fewstep.embedded.build`: a stage whose file is in the work folder is not repeated, and each training continues from
 its last state. Several processes (`torchrun --standalone --nproc_per_node=2 -m fewstep teacher train-video`) share the
 batch. What may change in a run that is continued: the number of iterations.
 """
@@ -33,7 +33,7 @@ class FilmBuildOptions:
     autoencoder_iterations: int = 4_000
     """Batches of 32 frames."""
     save_seconds: float = 300.0
-    """How often the teacher's training state is saved."""
+    """How often the training state of teacher and autoencoder is saved."""
 
 
 def build_film_teacher(
@@ -51,7 +51,7 @@ def build_film_teacher(
         image = AutoencoderTiny.from_pretrained(shipped(TEACHER_FOLDER) / "vae")
         start = build_film_autoencoder(image.float())
         train = partial(train_autoencoder, start=start, draw=film_frames, batch=32, bf16=options.bf16, device=device)
-        make_autoencoder(out, build.autoencoder_iterations, say, train)
+        make_autoencoder(out, build.autoencoder_iterations, build.save_seconds, say, train)
     if world > 1:
         dist.barrier()
     autoencoder = AutoencoderTiny.from_pretrained(out / "autoencoder")
@@ -63,5 +63,6 @@ def build_film_teacher(
 def export_films(training: FilmTraining, folder: Path) -> Path:
     """Write the averaged teacher as a pipeline folder in half precision; returns it."""
     model = training.averaged()
-    pipeline = build_film_pipeline(training.autoencoder, model.tokenizer, model.text_encoder, model.transformer)
+    parts = (model.tokenizer, model.text_encoder, model.transformer, model.track_head)
+    pipeline = build_film_pipeline(training.autoencoder, *parts)
     return write_folder(folder, pipeline, training)

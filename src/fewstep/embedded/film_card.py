@@ -23,6 +23,9 @@ from fewstep.models.film import FilmPipeline
 film = FilmPipeline.from_pretrained("film-teacher")("a frog hops to the right on a green background").frames[0]
 ```
 
+Frames can be told more than the caption says: `tracks=` where the thing is to be, `drive=` how loud it is; nan, or
+neither, leaves it to the model. `motion_guidance=` strengthens that (three network calls a step).
+
 **Data.** Films rendered on the fly (`fewstep.data.films`): one thing in flat style moves over a background that stays,
 and its size follows a sound-like signal while it sings. A caption names the thing and, each by chance, motion, voice
 and background; what it leaves open is uniform. One caption in eight is held out from all training. The drawings are
@@ -59,15 +62,17 @@ def film_table(table: dict[str, Any]) -> str:
     lines = [
         f"Held-out captions, {films} films a row (`fewstep teacher table-video`). Shares of frames with the right "
         "thing, and of films with the right motion, voice and background where the caption says it; fit is the share "
-        "of what is not background that the thing's drawing explains; same thing: as in the first chunk; the rest in "
-        "pixels a frame, and in levels of 255.\n",
+        "of what is not background that the thing's drawing explains; same thing: as in the first chunk; track: mean "
+        "distance in pixels where it was told; drive: correlation of the size with it, likewise; the rest in pixels a "
+        "frame, and in levels of 255.\n",
         "| films | network calls | thing | motion | voice | background | fit | same thing | speed | flicker "
-        "| colour drift | background drift |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| colour drift | background drift | track | drive |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in table.items():
         shares = [f"{100 * row[key]:.1f} %" for key in ("thing", "motion", "voice", "background")]
         numbers = [f"{row[key]:.2f}" for key in ("amplitude", "flicker", "colour_drift", "background_drift")]
+        numbers += ["" if row[key] is None else f"{row[key]:.2f}" for key in ("error", "correlation")]
         cells = [name, str(row["calls"]), *shares, f"{row['fit']:.3f}", f"{100 * row['same_thing']:.1f} %", *numbers]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

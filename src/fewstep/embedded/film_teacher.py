@@ -4,6 +4,9 @@ Same parts and conventions as the published Wan2.1: `WanTransformer3DModel` with
 width, cross-attention to states of a UMT5 encoder padded with zeros, flow prediction at times 0..1000, captions
 dropped for classifier-free guidance. The text encoder is trained jointly, as the image teacher's; films are frames of
 a small `AutoencoderTiny`, 4 patches by 4 a frame, so 24 frames are 384 tokens.
+
+Beside its noisy latent a frame is told where the thing is (its track) and how loud it is (its drive), each by chance or
+not at all, so that one network makes films of text alone, of tracks, and of sound (`fewstep.models.tracks`).
 """
 
 from __future__ import annotations
@@ -35,13 +38,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
     from fewstep.models.film import FilmPipeline
+    from fewstep.models.tracks import TrackHead
 
 LATENT_CHANNELS = 8
 WIDTH, LAYERS, TEXT_WIDTH = 192, 6, 128
 SHIFT = 3.0
 """Of the times it is trained and sampled at: films of 24 like frames need more noise than pictures."""
+PIXELS = 4
+"""Side of a latent's cell in pixels."""
 LONGEST = 1024
 """Positions along an axis of the rotary embedding; the most frames of a film."""
+CHUNK = 3
+"""Frames of which the track may be left out together."""
+TRACK_CHANNELS = 8
 _TOGETHER = 4  # frames of one film in a batch of the autoencoder
 
 
@@ -55,6 +64,11 @@ class FilmOptions(TrainingOptions):
     """Films per step, over all processes."""
     frames: int = FRAMES
     """Frames of a film."""
+    drop_tracks: float = 0.5
+    """Share of films whose track is not told; likewise the next. The shares are ours."""
+    drop_drives: float = 0.5
+    mask_chunks: float = 0.2
+    """Share of a film's chunks, but for the first, in which a told track is left out (MotionStream: 0.2)."""
 
 
 def build_film_tokenizer() -> PreTrainedTokenizerFast:
@@ -74,11 +88,14 @@ def build_film_text_encoder(vocabulary: int) -> UMT5EncoderModel:
 
 
 def build_film_transformer() -> WanTransformer3DModel:
-    """An untrained Wan transformer for latents of 8 channels, about 4 M parameters."""
+    """An untrained Wan transformer for latents of 8 channels, fed controls beside them; about 4 M parameters."""
     from diffusers import WanTransformer3DModel
 
+    from fewstep.models.tracks import DRIVE_CHANNELS
+
+    fed = LATENT_CHANNELS + TRACK_CHANNELS + DRIVE_CHANNELS
     transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=WIDTH // 32, attention_head_dim=32, in_channels=LATENT_CHANNELS,
+        patch_size=(1, 2, 2), num_attention_heads=WIDTH // 32, attention_head_dim=32, in_channels=fed,
         out_channels=LATENT_CHANNELS, text_dim=TEXT_WIDTH, freq_dim=128, ffn_dim=4 * WIDTH, num_layers=LAYERS,
         rope_max_seq_len=LONGEST,
     )  # fmt: skip
@@ -86,8 +103,15 @@ def build_film_transformer() -> WanTransformer3DModel:
     return transformer
 
 
+def build_track_head() -> TrackHead:
+    """An untrained head that makes channels of tracks, one latent a frame."""
+    from fewstep.models.tracks import TrackHead
+
+    return TrackHead(TRACK_CHANNELS)
+
+
 def build_film_pipeline(
-    autoencoder: AutoencoderTiny, tokenizer: Any, text_encoder: nn.Module, transformer: nn.Module
+    autoencoder: AutoencoderTiny, tokenizer: Any, text_encoder: nn.Module, transformer: nn.Module, track_head: nn.Module
 ) -> FilmPipeline:
     """The parts as a pipeline, sampled by Euler's method."""
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -95,7 +119,7 @@ def build_film_pipeline(
     from fewstep.models.film import FilmPipeline
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    return FilmPipeline(tokenizer, text_encoder, autoencoder, scheduler, transformer)
+    return FilmPipeline(tokenizer, text_encoder, autoencoder, scheduler, transformer, track_head)
 
 
 def build_film_autoencoder(image: AutoencoderTiny) -> AutoencoderTiny:
@@ -117,23 +141,34 @@ def film_frames(count: int, rng: np.random.Generator) -> torch.Tensor:
 
 
 class FilmModel(nn.Module):
-    """Text encoder and transformer, trained together."""
+    """Text encoder, transformer and track head, trained together."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer = build_film_tokenizer()
         self.text_encoder = build_film_text_encoder(len(self.tokenizer))
         self.transformer = build_film_transformer()
+        self.track_head = build_track_head()
         exempt(self.transformer.patch_embedding)  # noise in and noise out: bf16 has too few digits
         exempt(self.transformer.proj_out)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """x (B, 8, F, 8, 8) at t (B,) in [0, 1] -> flow, of the shape of x."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        captions: list[str],
+        tracks: torch.Tensor,
+        drives: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """x (B, 8, F, 8, 8) at t (B,) in [0, 1], tracks (B, F, 2), drives (B, F), ids (B, 1) -> flow, shaped as x."""
         tokens = self.tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
         tokens = tokens.to(x.device)
         states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
         states = states * tokens.attention_mask[:, :, None]  # zeros after the words, as Wan's pipeline has them
-        return self.transformer(x, 1000 * t, states, return_dict=False)[0]
+        height, width = x.shape[3:]
+        controls = self.track_head.controls(tracks, drives, height=height, width=width, scale=PIXELS, ids=ids)
+        return self.transformer(torch.cat([x, controls.to(x)], 1), 1000 * t, states, return_dict=False)[0]
 
 
 class FilmTraining(Training):
@@ -163,6 +198,24 @@ class FilmTraining(Training):
         even = torch.from_numpy((rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0))
         t = shift_time(even, SHIFT).float().to(self.device)
         at = t.view(-1, 1, 1, 1, 1)
+        tracks, drives, ids = (part.to(self.device) for part in told_controls(films.tracks, films.drives, o, rng))
         with precision(o.bf16, self.device):
-            output = self.model((1 - at) * x0 + at * noise, t, captions)
+            output = self.model((1 - at) * x0 + at * noise, t, captions, tracks, drives, ids)
         return (output - (noise - x0)).square().mean()
+
+
+def told_controls(
+    tracks: torch.Tensor, drives: torch.Tensor, options: FilmOptions, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What of tracks (B, F, 2) and drives (B, F) is told, nan for the rest, and random numbers (B, 1) of the tracks."""
+    from fewstep.models.tracks import TRACK_IDS
+
+    batch, frames = drives.shape
+    untold = rng.random((batch, -(-frames // CHUNK))) < options.mask_chunks
+    untold[:, 0] = False
+    untold |= rng.random((batch, 1)) < options.drop_tracks
+    by_frame = torch.from_numpy(untold.repeat(CHUNK, 1)[:, :frames]).to(tracks.device)
+    silent = torch.from_numpy(rng.random((batch, 1)) < options.drop_drives).to(drives.device)
+    ids = torch.from_numpy(rng.integers(TRACK_IDS, size=(batch, 1)))
+    nothing = float("nan")
+    return tracks.masked_fill(by_frame[..., None], nothing), drives.masked_fill(silent, nothing), ids

@@ -200,32 +200,13 @@ class Training(ABC):
 
     def save(self, path: Path) -> None:
         """Write weights, averages, optimiser state and the iteration to one safetensors file, atomically."""
-        from safetensors.torch import save_file
-
-        state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        state |= {f"average.{k}": v for k, v in self.average.items()}
-        for o, optimiser in enumerate(self.optimisers):
-            for i, slot in optimiser.state_dict()["state"].items():
-                state |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v) for k, v in slot.items()}
-        temporary = path.with_suffix(".tmp")
-        save_file({k: v.contiguous().clone() for k, v in state.items()}, temporary, {"iteration": str(self.iteration)})
-        temporary.replace(path)
+        average = {f"average.{k}": v for k, v in self.average.items()}
+        save_state(path, self.model, self.optimisers, self.iteration, average)
 
     def load(self, path: Path) -> None:
         """Continue from a file written by `save`."""
-        from safetensors import safe_open
-
-        with safe_open(path, "pt", device=self.device) as f:  # type: ignore[no-untyped-call]
-            self.iteration = int(f.metadata()["iteration"])
-            part = lambda name: {k.removeprefix(name): f.get_tensor(k) for k in f.keys() if k.startswith(name)}  # noqa: E731, SIM118
-            self.model.load_state_dict(part("model."))
-            self.average = part("average.")
-            for o, optimiser in enumerate(self.optimisers):
-                slots: dict[int, dict[str, torch.Tensor]] = {}
-                for key, value in part(f"optimiser.{o}.").items():
-                    i, name = key.split(".")
-                    slots.setdefault(int(i), {})[name] = value
-                optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
+        self.iteration, others = load_state(path, self.model, self.optimisers, self.device)
+        self.average = {k.removeprefix("average."): v for k, v in others.items()}
 
     def start_from(self, folder: Path) -> None:
         """Take over the weights of a pipeline folder written by `build.export`; the optimiser starts anew."""
@@ -242,3 +223,41 @@ class Training(ABC):
         model = self.new_model().to(self.device)
         model.load_state_dict(self.average)
         return model.eval()
+
+
+def save_state(
+    path: Path,
+    model: nn.Module,
+    optimisers: Sequence[torch.optim.Optimizer],
+    iteration: int,
+    others: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a training's weights, optimisers' state, iteration and `others` to a safetensors file, atomically."""
+    from safetensors.torch import save_file
+
+    state = {f"model.{k}": v for k, v in model.state_dict().items()} | (others or {})
+    for o, optimiser in enumerate(optimisers):
+        for i, slot in optimiser.state_dict()["state"].items():
+            state |= {f"optimiser.{o}.{i}.{k}": torch.as_tensor(v) for k, v in slot.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, temporary, {"iteration": str(iteration)})
+    temporary.replace(path)
+
+
+def load_state(
+    path: Path, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer], device: str
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Put back what `save_state` wrote; the iteration and the others are returned."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt", device=device) as f:  # type: ignore[no-untyped-call]
+        iteration, tensors = int(f.metadata()["iteration"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    part = lambda name: {k.removeprefix(name): tensors.pop(k) for k in list(tensors) if k.startswith(name)}  # noqa: E731
+    model.load_state_dict(part("model."))
+    for o, optimiser in enumerate(optimisers):
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in part(f"optimiser.{o}.").items():
+            i, name = key.split(".")
+            slots.setdefault(int(i), {})[name] = value
+        optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
+    return iteration, tensors

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fewstep.data.films import FRAMES, FilmCaption, draw_film_caption, draw_films
 from fewstep.evaluation.films import FilmScores, score_films
@@ -50,18 +51,33 @@ def rendered_scores(count: int = 64, frames: int = FRAMES) -> EvaluatedFilms:
 
 @torch.no_grad()
 def evaluate_films(
-    model: Teacher | Student, *, steps: int | None = None, count: int = 64, seed: int = 0, **more: Any
+    model: Teacher | Student,
+    *,
+    steps: int | None = None,
+    count: int = 64,
+    seed: int = 0,
+    tracks: bool = False,
+    drives: bool = False,
+    **more: Any,
 ) -> EvaluatedFilms:
     """Sample `count` films for the evaluation captions and score them; `more` goes to `sample`.
+
+    With `tracks` the model is told where things are to be, and how far it is from there is scored; with `drives`
+    likewise how loud they are: those of the rendered films of the same captions.
 
     Raises:
         FewstepError: the model does not make films of 32x32 pixels.
     """
     captions, first = film_captions(count), seed * SEEDS_APART
+    told: dict[str, Tensor] = {}
+    if tracks or drives:
+        frames = model.backbone.latent_shape[1]
+        rendered = draw_films(range(count), frames=frames, for_evaluation=True, captions=captions)
+        told = {n: getattr(rendered, n) for n, wanted in (("tracks", tracks), ("drives", drives)) if wanted}
     start = time.perf_counter()
-    films = model.sample([str(c) for c in captions], list(range(first, first + count)), steps, **more)
+    films = model.sample([str(c) for c in captions], list(range(first, first + count)), steps, **told, **more)
     seconds = (time.perf_counter() - start) / count
-    return EvaluatedFilms(score_films(films, captions), network_calls(model, steps, **more), seconds)
+    return EvaluatedFilms(score_films(films, captions, **told), network_calls(model, steps, **more), seconds)
 
 
 def film_line(name: str, result: EvaluatedFilms) -> str:

@@ -104,7 +104,7 @@ def evaluate_scenes(
 def network_calls(model: Teacher | Student, steps: int | None, **more: Any) -> int:
     """Network calls per sample of `model.sample(..., steps, **more)`."""
     if isinstance(model, Teacher):
-        return model.calls(steps, more.get("guidance_scale"))
+        return model.calls(steps, more.get("guidance_scale"), more.get("motion_guidance", 0.0))
     return steps or max(model.grids)
 
 

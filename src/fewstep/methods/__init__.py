@@ -15,6 +15,8 @@ from fewstep.methods.causal_init import CausalInitOptions, causal_init, teacher_
 from fewstep.methods.decoupled import DecoupledOptions, decoupled, decoupled_constrained, decoupled_shared
 from fewstep.methods.dmd2 import DMD2Options, dmd, dmd2
 from fewstep.methods.f_distill import FDistillOptions, f_distill
+from fewstep.methods.live_avatar import LiveAvatarOptions, live_avatar
+from fewstep.methods.motionstream import MotionStreamOptions, motionstream
 from fewstep.methods.phased import PhasedOptions, phased, phased_paper
 from fewstep.methods.reward_forcing import RewardForcingOptions, reward_forcing
 from fewstep.methods.self_forcing import (
@@ -54,6 +56,8 @@ METHODS: dict[str, Callable[[], Options]] = {
     "self-forcing-sid": self_forcing_sid,
     "self-forcing-gan": self_forcing_gan,
     "reward-forcing": reward_forcing,
+    "live-avatar": live_avatar,
+    "motionstream": motionstream,
 }
 
 
@@ -105,8 +109,10 @@ __all__ = [
     "DMD2Options",
     "DecoupledOptions",
     "FDistillOptions",
+    "LiveAvatarOptions",
     "Loss",
     "Method",
+    "MotionStreamOptions",
     "Needs",
     "Options",
     "PhasedOptions",

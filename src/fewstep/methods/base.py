@@ -296,5 +296,14 @@ def _rms(x: Tensor) -> Tensor:
 
 def guidance_metrics(told: Tensor, untold: Tensor) -> dict[str, Tensor]:
     """guidance_gap: rms of what the prompt changes in the teacher's answer, over rms of the answer; 0: nothing."""
+    return {"guidance_gap": _relative_change(told, untold)}
+
+
+def motion_metrics(told: Tensor, untold: Tensor) -> dict[str, Tensor]:
+    """motion_gap: likewise of what tracks and drives change."""
+    return {"motion_gap": _relative_change(told, untold)}
+
+
+def _relative_change(told: Tensor, untold: Tensor) -> Tensor:
     told, untold = told.detach().float(), untold.detach().float()
-    return {"guidance_gap": (told - untold).square().mean().sqrt() / told.square().mean().sqrt().clamp(min=1e-12)}
+    return (told - untold).square().mean().sqrt() / told.square().mean().sqrt().clamp(min=1e-12)

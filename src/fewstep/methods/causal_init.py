@@ -16,7 +16,7 @@ future is open. That is what distribution matching then repairs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -55,10 +55,16 @@ class CausalInitOptions(Layout):
     """What is imitated: `trajectories` of the teacher's sampler, or noised real `data`."""
     history: Context = "noisy"
     """What a chunk sees: the others as they are noised (CausVid), or `clean` (teacher forcing)."""
+    vary_memory: bool = False
+    """Every iteration has a sink of 0 to 2 chunks and a window of 1 or more, drawn at random, so that one student can
+    begin runs of any memory (MotionStream); `sink` and `window` are then those that it is saved with."""
     path_steps: int = 48
     """Calls of the teacher's sampler along a trajectory, a multiple of the steps (released: 48)."""
     guidance_scale: float = 6.0
     """Guidance of the teacher along trajectories, 0 or more, 1 = none (released: 6)."""
+    motion_guidance: float = 0.0
+    """Likewise of tracks and drives, 0 or more, 0 = none (MotionStream: 1.5 with text at 3); prompts have to come with
+    them."""
 
     @property
     def chain_noise(self) -> ChainNoise:
@@ -104,11 +110,13 @@ class CausalInitOptions(Layout):
         whole = self.path_steps >= self.steps and self.path_steps % self.steps == 0
         require(whole, "path_steps", self.path_steps, f"a multiple of steps {self.steps}", "use 48")
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more", "1 means none")
+        require(self.kept == "clean", "kept", self.kept, "clean, as all chunks are in parallel", "see history")
+        require(self.motion_guidance >= 0, "motion_guidance", self.motion_guidance, "0 or more", "0 means none")
         require(self.sink_decay == 1, "sink_decay", self.sink_decay, "1, as all chunks are in parallel", "use 1")
         if self.grid:
             refuse_unread(self, ["start_time"], "a grid that begins there")
         if self.source == "data":
-            refuse_unread(self, ["path_steps", "guidance_scale"], "source 'trajectories'")
+            refuse_unread(self, ["path_steps", "guidance_scale", "motion_guidance"], "source 'trajectories'")
 
 
 class CausalInit(WithoutCritic):
@@ -156,7 +164,8 @@ class CausalInit(WithoutCritic):
         o, seat = self.options, causal_calls(roles)
         x, t, clean = self._noised(path, draw)
         history = clean if o.history == "clean" else None
-        denoised = seat.parallel(roles.student, o, x, t, path.condition, history)
+        layout = drawn_memory(o, x.shape[FRAMES], draw) if o.vary_memory else o
+        denoised = seat.parallel(roles.student, layout, x, t, path.condition, history)
         values = flat_mean((denoised - clean).square())
         distance = values.detach().mean() / clean.square().mean()
         return Loss(values, {"student_loss": values.detach().mean(), "relative": distance} | spread_metrics(denoised))
@@ -178,6 +187,12 @@ class CausalInit(WithoutCritic):
         rows = torch.arange(len(clean))[:, None]
         x = by_frame[rows, called, torch.arange(called.shape[1])[None]]  # (B, F, C, ...)
         return x.movedim(1, FRAMES), t, clean
+
+
+def drawn_memory(layout: Layout, frames: int, draw: Draw) -> Layout:
+    """The layout with a sink of 0 to 2 chunks and a window of 1 up to all of them; the same in all processes."""
+    sink, window = int(3 * draw.common("sink")), 1 + int(layout.chunks(frames) * draw.common("window"))
+    return replace(layout, sink=sink, window=window)
 
 
 def causal_init() -> CausalInitOptions:

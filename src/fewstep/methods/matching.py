@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import grids
-from fewstep.core.guidance import guided_parts
+from fewstep.core.guidance import guided_parts, joined, joint_parts
 from fewstep.core.process import Process
 from fewstep.core.renoise import renoise
 from fewstep.core.rollout import Landing, Path
@@ -37,6 +37,7 @@ from fewstep.methods.base import (
     agreement_metrics,
     guidance_metrics,
     mean_loss,
+    motion_metrics,
     spread_metrics,
 )
 from fewstep.methods.matching_options import MatchingOptions
@@ -120,7 +121,7 @@ class Matching:
         adversarial = self.needs.discriminator
         critic = 1 + bool(o.teacher_regularisation) + 2 * adversarial
         apart = o.guidance == "decoupled" and o.guidance_levels != "shared" and o.guidance_scale != 1
-        teacher = (1 if o.guidance_scale == 1 else 2) + apart
+        teacher = 3 if o.motion_guidance else (1 if o.guidance_scale == 1 else 2) + apart
         return 2 + teacher + adversarial + o.critic_updates * critic
 
     def rollout(self, batch: Batch, roles: Roles, draw: Draw) -> Path:
@@ -257,7 +258,13 @@ class Matching:
         fake = roles.critic(query.x, query.tau, self._critic_condition(landing))
         weight = self._sample_weight(roles, query, condition)
         metrics: dict[str, Tensor] = {}
-        if o.guidance_scale == 1:
+        if o.motion_guidance:  # card motionstream, eq. 4
+            parts = joint_parts(roles.teacher, query.x, query.tau, condition, roles.null(condition))
+            real = joined(parts, o.guidance_scale, o.motion_guidance)
+            metrics |= guidance_metrics(parts[0], parts[1]) | motion_metrics(parts[0], parts[2])
+            pulls = [Pull(real - fake, query, normaliser(o.normaliser, clean, real), weight)]
+            toward = real - fake
+        elif o.guidance_scale == 1:
             real = roles.teacher(query.x, query.tau, condition)
             pulls = [Pull(real - fake, query, normaliser(o.normaliser, clean, real), weight)]
             toward = real - fake

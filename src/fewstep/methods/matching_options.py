@@ -87,6 +87,9 @@ class MatchingOptions:
     # The student
     guidance_scale: float = 3.5
     """Guidance of the teacher, 0 or more, 1 = none (TDM: 3.5 for SD1.5 and PixArt, 8 for SDXL)."""
+    motion_guidance: float = 0.0
+    """Guidance of what frames are told (tracks, a drive) beside that of text, 0 or more, 0 = none (MotionStream: 1.5
+    with text at 3). Three answers of the teacher in one call; prompts have to come with controls."""
     guidance: Guidance = "coupled"
     """`coupled`: one query of the guided teacher; `decoupled`: guidance is a term of its own, with noise levels and a
     normaliser of its own (Decoupled DMD). Costs one more forward, unless the levels are shared."""
@@ -161,7 +164,7 @@ class MatchingOptions:
         above_zero = ("shift", "logit_std", "snr_cap", "huber_c", "discriminator_weight")
         for name in above_zero:
             require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0", "leave it at its default")
-        for name in ("teacher_regularisation", "guidance_scale", "gan_weight"):
+        for name in ("teacher_regularisation", "guidance_scale", "motion_guidance", "gan_weight"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more", "leave it at its default")
         require(1 <= self.critic_updates <= MOST, "critic_updates", self.critic_updates, f"1 to {MOST}", "use 1 to 5")
         require(1 <= self.ratio_bins <= MOST, "ratio_bins", self.ratio_bins, f"1 to {MOST}", "use 10")
@@ -202,6 +205,12 @@ class MatchingOptions:
             )
 
     def _validate_terms(self) -> None:
+        if self.motion_guidance and self.guidance == "decoupled":
+            raise contradiction(
+                f"motion_guidance {self.motion_guidance} with guidance 'decoupled'",
+                "guidance of text and motion in one term",
+                "set motion_guidance to 0, or guidance to 'coupled'",
+            )
         if self.joint_normaliser and self.guidance_levels != "shared":
             raise contradiction(
                 f"joint_normaliser with guidance_levels {self.guidance_levels!r}",

@@ -52,6 +52,9 @@ class CausalOptions(Layout):
     history: History = "own"
     """What a chunk sees in training: the student's `own` finished chunks (Self Forcing), or those of noised `data`, all
     chunks in parallel (CausVid's second stage); the second needs real data."""
+    recompute: bool = False
+    """Whether the call of a chunk that carries gradient is computed again in the backward pass, chunk by chunk: the
+    memory of one chunk instead of all, for one more forward of each; gradients stay (Live Avatar, algorithm 2)."""
 
     def validate(self) -> None:
         super().validate()
@@ -60,6 +63,14 @@ class CausalOptions(Layout):
         there = {entry.name for entry in fields(self)}
         beside = "a student that makes whole samples, not a causal one,"
         refuse_unread(self, [name for name in _UNREAD if name in there], beside)
+        if self.history == "data":
+            refuse_unread(self, ["recompute"], "history 'own'")
+        if self.history == "data" and self.kept != "clean":
+            raise contradiction(
+                f"kept {self.kept!r} with history 'data'",
+                "'clean' where chunks are in parallel, since there are no calls to keep",
+                "set kept to 'clean', or history to 'own'",
+            )
         if self.history == "data" and self.sink_decay < 1:
             raise contradiction(
                 f"sink_decay {self.sink_decay} with history 'data'",
@@ -103,8 +114,8 @@ class SelfForcingOptions(CausalOptions, DMD2Options):
             refuse_unread(self, _OF_MATCHING, "a matching_weight above 0")
 
 
-_OF_MATCHING = ["guidance_scale", "guidance", "guidance_levels", "joint_normaliser", "normaliser", "metric", "huber_c"]
-_OF_MATCHING += ["divergence", "ratio_clip", "ratio_bins"]
+_OF_MATCHING = ["guidance_scale", "motion_guidance", "guidance", "guidance_levels", "joint_normaliser", "normaliser"]
+_OF_MATCHING += ["metric", "huber_c", "divergence", "ratio_clip", "ratio_bins"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,9 @@ class CausalRollout:
 
     def forwards(self, steps: int | None = None) -> float:
         """Expected forwards of whole videos per sample and iteration; reading finished chunks again counts one."""
-        rollout = 1 if self.options.history == "data" else (self.options.steps + 1) / 2 + 1
+        o = self.options
+        reads = (o.kept == "clean") + o.recompute  # a noisy cache's one chunk of sink is not counted
+        rollout = 1 if o.history == "data" else (o.steps + 1) / 2 + reads
         return rollout + float(self._forwards_of_losses())  # type: ignore[attr-defined]
 
     def rollout(self, batch: Batch, roles: Roles, draw: Draw) -> DrawnPath:
@@ -155,7 +168,9 @@ class CausalRollout:
             memory = calls.memory(roles.student, o, batch.condition)
             noise = lambda chunk, k: draw.normal(f"chunk {chunk}, {k}", shape, batch.dtype, device)
             exit_call = int(draw.common("exit") * o.steps)
-            path = CausalPath(memory, noise, chunks, grid, roles.process, batch.condition, exit_call, o.eta)
+            path = CausalPath(
+                memory, noise, chunks, grid, roles.process, batch.condition, exit_call, o.eta, o.recompute
+            )
         else:
             assert batch.real is not None  # see `needs`
             clean, condition = batch.real

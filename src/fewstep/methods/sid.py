@@ -39,7 +39,7 @@ from fewstep.methods.tau import TauLaw
 from fewstep.unread import refuse_unread
 
 _CHOICES: dict[str, tuple[str, ...]] = {"weight": get_args(FisherWeight), "chain_noise": get_args(ChainNoise)}
-_UNREAD = ["metric", "huber_c", "guidance", "guidance_levels", "joint_normaliser"]
+_UNREAD = ["metric", "huber_c", "motion_guidance", "guidance", "guidance_levels", "joint_normaliser"]
 _UNREAD += ["divergence", "ratio_clip", "ratio_bins"]
 
 

@@ -30,6 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import CausalSeat
+from fewstep.attention.sparse import SparseOptions, make_sparse
+from fewstep.attention.sparse.adaptive import Sequence as Tokens
+from fewstep.attention.sparse.engines import chosen_engine
+from fewstep.attention.sparse.order import Grid
 from fewstep.core import grids
 from fewstep.core.process import Process, process_from_scheduler
 from fewstep.core.shards import is_sharded
@@ -99,6 +103,12 @@ class Backbone(ABC):
 
     adapter_layers: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the linear layers that take adapters by default."""
+
+    self_attention: ClassVar[tuple[str, ...]] = ()
+    """Ends of the names of the attention among the sample's tokens, with those of a text where both are joined."""
+
+    text_first: ClassVar[bool] = True
+    """Whether tokens of a text, where they are joined with the sample's, come first."""
 
     def __init__(self, pipeline: Any, source: str) -> None:
         self.pipeline, self.source = pipeline, source
@@ -180,12 +190,45 @@ class Backbone(ABC):
     def encode(self, prompts: Sequence[str]) -> Condition:
         """What the pipeline itself makes of `prompts`, one row each, on the backbone's device; no gradient."""
 
+    def controls(self, tracks: Tensor | None, drives: Tensor | None) -> Condition:
+        """Tracks (B, F, 2), or (B, N, F, 2), and drives (B, F) of videos as the condition `CONTROLS`, frame by frame.
+
+        Args:
+            tracks: x, y in pixels, nan where nothing is said.
+            drives: in [0, 1], likewise. One of the two may be None.
+
+        Raises:
+            FewstepError: the family reads none, as all but the films; or shapes that do not fit.
+        """
+        raise FewstepError(
+            f"found tracks or drives for {type(self).__name__}, expected a teacher that reads them (controlled films, "
+            "docs/video.md) or a student of it, fix: leave them out"
+        )
+
+    def told(self, prompts: Sequence[str], tracks: Tensor | None = None, drives: Tensor | None = None) -> Condition:
+        """What `prompts` become, with `controls` where tracks or drives are given."""
+        condition = self.encode(prompts)
+        return condition if tracks is None and drives is None else condition | self.controls(tracks, drives)
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """(B, *latent_shape) -> uint8 on the CPU, the very pixels the pipeline returns.
 
         Images are (B, 3, H, W), videos (B, F, 3, H, W).
         """
+
+    def stream_decoder(self) -> Callable[[Tensor], Tensor]:
+        """decode(latents (B, C, n, h, w)) for chunk after chunk of one stream -> its frames (B, F, 3, H, W) uint8.
+
+        Joined, they are what `decode` makes of the joined chunks, rounding apart.
+
+        Raises:
+            FewstepError: the family has no causal students, as all but Wan.
+        """
+        raise FewstepError(
+            f"found a {type(self).__name__} to be decoded as it comes, expected a family of causal students (Wan), "
+            "fix: decode whole samples"
+        )
 
     def steps_aware(self) -> nn.Module:
         """The network as its steps-aware kind, sharing the teacher's weights; new weights make no difference yet.
@@ -209,6 +252,27 @@ class Backbone(ABC):
             f"found a {type(self.network).__name__} for a causal student, expected a WanTransformer3DModel, "
             "fix: choose a Wan teacher, or a method that makes whole samples"
         )
+
+    @property
+    def token_grid(self) -> Grid:
+        """Frames, rows and columns of the tokens of a sample.
+
+        Raises:
+            FewstepError: the family does not say so, and has no sparse students.
+        """
+        raise FewstepError(
+            f"found a {type(self.network).__name__} to be made sparse, expected a family that says where its "
+            "tokens lie (Wan, CogVideoX, PixArt, SD3, FLUX), fix: leave --sparse at dense"
+        )
+
+    def sparse(self, network: nn.Module, options: SparseOptions, active: Callable[[], bool] = lambda: True) -> None:
+        """Let `network` (of the family of the teacher's) attend sparsely whenever `active`, in place.
+
+        Raises:
+            FewstepError: the family has no sparse students, or the engine is not for this device.
+        """
+        chosen_engine(options.engine, self.device, math.prod(self.token_grid), options.block)
+        make_sparse(network, self.self_attention, lambda: Tokens(self.token_grid, self.text_first), options, active)
 
     def pipeline_with(self, network: nn.Module, scheduler: Any) -> Any:
         """A pipeline of the teacher's other parts around a student's plain or steps-aware `network`."""

@@ -20,6 +20,7 @@ _CITED = {
     "2505.12674": "Few-Step Diffusion via Score identity Distillation",
     "2511.22677": "Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield",
     "2510.27684": "Phased DMD: Few-step Distribution Matching Distillation via Score Matching within Subintervals",
+    "2511.01266": "MotionStream: Real-Time Video Generation with Interactive Motion Controls",
     "2410.23274": "Multi-student Diffusion Distillation for Better One-step Generators",
 }
 _TRAINING = (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention.sparse.order import Grid
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.backbone import Backbone, Predict, register_backbone
@@ -29,6 +30,7 @@ class CogVideoX(Backbone):
     output_name = "frames"
     teacher_guidance = 6.0  # the pipeline's own
     comfyui_key = staticmethod(cogvideox_key)
+    self_attention = ("attn1",)
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     recipe = Recipe(
         guidance_scale=Setting(3.5, _BLADE),
@@ -71,6 +73,11 @@ class CogVideoX(Backbone):
             self.size["height"] // pipeline.vae_scale_factor_spatial,
             self.size["width"] // pipeline.vae_scale_factor_spatial,
         )
+
+    @property
+    def token_grid(self) -> Grid:
+        (frames, _, height, width), config = self.latent_shape, self.pipeline.transformer.config
+        return frames // (config.patch_size_t or 1), height // config.patch_size, width // config.patch_size
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype

@@ -37,7 +37,7 @@ class ExpertRoles(Roles):
 
     def __init__(self, roles: Roles, earlier: Sequence[Seat], switches: Sequence[float]) -> None:
         super().__init__(roles.backbone, roles._teacher, roles._student, roles._critic, roles._discriminator)
-        self._earlier, self.switches = list(earlier), tuple(switches)
+        self._earlier, self.switches, self.sparse = list(earlier), tuple(switches), roles.sparse
 
     @property
     def experts(self) -> list[Seat]:

@@ -108,6 +108,8 @@ def save_student(
     }
     if causal is not None:
         card["causal"] = dict(causal)
+    if roles.sparse is not None:
+        card["sparse"] = roles.sparse.of_student
     with written_atomically(Path(folder)) as temporary:
         if form == "pipeline":
             write_pipeline(temporary, backbone, roles.student_network(), sampling, card, dtype)
@@ -116,7 +118,7 @@ def save_student(
             told = metadata(card)
             save_loras(temporary, student_loras(roles), base=card["teacher"], peft=peft, dtype=dtype, metadata=told)
             sampling.scheduler.save_pretrained(temporary / "scheduler")
-            card["usage"] = _causal_usage(card) if causal is not None else _lora_usage(backbone, sampling, peft)
+            card["usage"] = _own_usage(card) or _lora_usage(backbone, sampling, peft)
             write_card(temporary, card)
     return Path(folder)
 
@@ -129,7 +131,7 @@ def write_pipeline(
     save_pipeline(pipeline, folder, dtype)
     start = sampling.start  # the folder holds a process that may end there
     card["grids"] = {count: [time / start for time in grid] for count, grid in card["grids"].items()}
-    card["usage"] = _causal_usage(card) if "causal" in card else _pipeline_usage(backbone, pipeline, sampling)
+    card["usage"] = _own_usage(card) or _pipeline_usage(backbone, pipeline, sampling)
     write_card(folder, card)
 
 
@@ -243,6 +245,20 @@ def _pipeline_usage(backbone: Backbone, pipeline: Any, sampling: Sampling) -> li
         f'pipeline = {loader}.from_pretrained("FOLDER")',
         *_calls(sampling, backbone),
     ]
+
+
+def _own_usage(card: Mapping[str, Any]) -> list[str]:
+    """Lines that sample with fewstep what no stock pipeline samples as it was trained; none for other students."""
+    return _causal_usage(card) if "causal" in card else _SPARSE_USAGE if "sparse" in card else []
+
+
+_SPARSE_USAGE = [
+    "# Trained with sparse attention; a plain diffusers pipeline of this folder would compute dense attention.",
+    "import fewstep",
+    "",
+    'student = fewstep.load_student("FOLDER")',
+    'sample = student.sample(["a prompt"], [0])[0]',
+]
 
 
 def _causal_usage(card: Mapping[str, Any]) -> list[str]:

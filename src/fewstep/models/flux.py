@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention.sparse.order import Grid
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
@@ -43,6 +44,7 @@ class Flux(Backbone):
 
     pipeline_classes = ("FluxPipeline",)
     comfyui_key = staticmethod(split_key)
+    self_attention = ("attn",)
     adapter_layers = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
         "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
@@ -63,6 +65,10 @@ class Flux(Backbone):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return (self.pipeline.transformer.config.in_channels // 4, *self.latent_sides)
+
+    @property
+    def token_grid(self) -> Grid:
+        return 1, self.latent_sides[0] // 2, self.latent_sides[1] // 2
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype

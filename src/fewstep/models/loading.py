@@ -41,6 +41,7 @@ _FAMILIES = (
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: a package in diffusers, for safety checkers
 _OWN_LIBRARIES = (
     "fewstep.models.steps_aware", "fewstep.models.flow_scheduler", "fewstep.models.expert_networks",
+    "fewstep.models.tracks",
 )  # fmt: skip
 
 

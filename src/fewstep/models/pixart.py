@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention.sparse.order import Grid
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.models.adapters import shared_copy
@@ -31,6 +32,7 @@ class PixArt(Backbone):
 
     pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "StepsAwarePixArtPipeline")
     comfyui_key = staticmethod(pixart_key)
+    self_attention = ("attn1",)
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     recipe = Recipe(
         guidance_scale=Setting(3.5, _TDM),
@@ -58,6 +60,11 @@ class PixArt(Backbone):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return (self.pipeline.transformer.config.in_channels, *self.latent_sides)
+
+    @property
+    def token_grid(self) -> Grid:
+        patch = self.pipeline.transformer.config.patch_size
+        return 1, self.latent_sides[0] // patch, self.latent_sides[1] // patch
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype

@@ -22,12 +22,14 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.attention import CausalSeat
+from fewstep.attention.sparse import SparseOptions
 from fewstep.core.process import Process
 from fewstep.core.shards import fill_
 from fewstep.core.tensors import Condition
@@ -113,6 +115,8 @@ class Roles:
         """How the student is called chunk by chunk, where it is a causal one."""
         self._teacher, self._student, self._critic = teacher, student, critic
         self._discriminator = discriminator
+        self.sparse: SparseOptions | None = None
+        """What the student's attention sees, where it is sparse."""
         self.sharded: list[nn.Module] = []
         """Networks of which every process holds a part (`fewstep.models.sharding`)."""
         self.gathered_as: torch.dtype | None = None
@@ -271,6 +275,7 @@ def build_roles(
     discriminator: Features = "none",
     compile_backend: str | None = None,
     causal: bool = False,
+    sparse: SparseOptions | None = None,
     seed: int = 0,
 ) -> Roles:
     """Seat the three roles, and a discriminator if it is asked for.
@@ -292,12 +297,15 @@ def build_roles(
             ("inductor" is the usual one); with a causal student those of teacher and critic.
         causal: the student can generate videos chunk by chunk (`fewstep.attention`); teacher and critic see whole ones,
             also where they share its network.
+        sparse: what the student's self-attention sees, and the critic's if it says so; the teacher's is dense, also
+            where they share its network. None, or "dense": all of it.
         seed: of the new weights (adapters, step embedding, heads).
 
     Raises:
         FewstepError: unknown kind, layers or discriminator, a rank below 1, an alpha not above 0, a discriminator
             without the critic it should read, or on a backbone that does not say where its features are; a full copy of
-            a quantised base; a causal student of a family that has none, or on a network that is to be compiled.
+            a quantised base; a causal or sparse student of a family that has none, or both; a sparse one compiled, or
+            a causal one on a network that is to be.
     """
     if kind not in get_args(Kind):
         raise FewstepError(f"found roles {kind!r}, expected one of {get_args(Kind)}, fix: name one of these")
@@ -314,6 +322,12 @@ def build_roles(
         raise FewstepError(
             f"found roles {kind!r} on a base in {backbone.quantised}, expected adapters, since copies of rounded "
             "weights cannot be trained, fix: --roles adapters, or --base-dtype bfloat16"
+        )
+    sparse = sparse if sparse is not None and sparse.on else None
+    if sparse is not None and (causal or compile_backend is not None):
+        raise FewstepError(
+            "found a sparse student that is causal, or compiled, expected neither (chunks choose what they see "
+            "themselves, and the compiler knows no choice of blocks), fix: leave --sparse at dense, or --compile off"
         )
     if causal and compile_backend is not None and kind == "adapters":
         raise FewstepError(
@@ -352,7 +366,27 @@ def build_roles(
         for network in {base, *(seat.network for seat in seats.values())} - own:
             compile_blocks(network, compile_backend)
     seat = backbone.causal(seats[STUDENT].network) if causal else None
-    return Roles(backbone, Seat(base, switch), seats[STUDENT], seats.get(CRITIC), judge, seat)
+    roles = Roles(backbone, Seat(base, switch), seats[STUDENT], seats.get(CRITIC), judge, seat)
+    if sparse is not None:
+        _make_sparse(roles, backbone, sparse)
+    return roles
+
+
+def _make_sparse(roles: Roles, backbone: Backbone, options: SparseOptions) -> None:
+    """Sparse attention for the student, and the critic if it is asked for, wherever they sit."""
+    seats = [roles.student_seat] + ([roles._critic] if options.critic and roles._critic is not None else [])
+    dense: set[str | None] = {None} if options.critic else {None, CRITIC}
+    for network, switch in {(seat.network, seat.switch) for seat in seats}:
+        if switch is None:
+            backbone.sparse(network, options)
+        else:
+            backbone.sparse(network, options, partial(_is_sparse, switch, dense))
+    roles.sparse = options
+
+
+def _is_sparse(switch: Switch, dense: set[str | None]) -> bool:
+    """Whether the adapter that computes is none of the `dense` ones."""
+    return switch.active not in dense
 
 
 def _heads(backbone: Backbone, network: nn.Module) -> Heads:

@@ -236,15 +236,30 @@ class RoutedStudent(Student):
 
     @torch.no_grad()
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "trained"
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        *,
+        tracks: Tensor | None = None,
+        drives: Tensor | None = None,
+        solver: str = "trained",
     ) -> Tensor:
         """Latents (B, ...) float32, each of the student of its prompt's part; as `Student.latents`."""
         if len(prompts) != len(seeds) or not prompts:
-            return self.students[0].latents(prompts, seeds, steps, solver=solver)  # which says what is wrong
+            # which says what is wrong
+            return self.students[0].latents(prompts, seeds, steps, tracks=tracks, drives=drives, solver=solver)
         part = self.router.route(prompts, self._embed)
         rows = [(part == number).nonzero().flatten() for number in range(len(self.students))]
         made = [
-            student.latents([prompts[row] for row in own], [seeds[row] for row in own], steps, solver=solver)
+            student.latents(
+                [prompts[row] for row in own],
+                [seeds[row] for row in own],
+                steps,
+                solver=solver,
+                tracks=None if tracks is None else tracks[own],
+                drives=None if drives is None else drives[own],
+            )
             for student, own in zip(self.students, rows, strict=True)
             if len(own)
         ]

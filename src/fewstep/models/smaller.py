@@ -24,6 +24,10 @@ class OwnStudentRoles(Roles):
     def __init__(self, roles: Roles, student: nn.Module) -> None:
         seat = Seat(student.float().requires_grad_(True))
         super().__init__(roles.backbone, roles._teacher, seat, roles._critic, roles._discriminator)
+        if roles.sparse is not None:
+            assert isinstance(roles.backbone, Backbone)
+            roles.backbone.sparse(student, roles.sparse)
+            self.sparse = roles.sparse
 
 
 def build_smaller_roles(

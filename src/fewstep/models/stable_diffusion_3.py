@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention.sparse.order import Grid
 from fewstep.core import grids
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
@@ -35,6 +36,8 @@ class StableDiffusion3(Backbone):
 
     pipeline_classes = ("StableDiffusion3Pipeline",)
     comfyui_key = staticmethod(split_key)
+    self_attention = ("attn", "attn2")
+    text_first = False
     adapter_layers = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
         "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
@@ -59,6 +62,11 @@ class StableDiffusion3(Backbone):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return (self.pipeline.transformer.config.in_channels, *self.latent_sides)
+
+    @property
+    def token_grid(self) -> Grid:
+        patch = self.pipeline.transformer.config.patch_size
+        return 1, self.latent_sides[0] // patch, self.latent_sides[1] // patch
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(network.parameters()).dtype

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention.sparse import SparseOptions
 from fewstep.core import grids as time_grids
 from fewstep.core.files import load_json
 from fewstep.core.solvers import SOLVERS
@@ -56,7 +57,14 @@ class Student:
 
     @torch.no_grad()
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, *, solver: str = "trained"
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        *,
+        tracks: Tensor | None = None,
+        drives: Tensor | None = None,
+        solver: str = "trained",
     ) -> Tensor:
         """Latents (B, ...) float32 for prompts and seeds of equal number, in `steps` network calls; see `sample`."""
         grid = self._grid(steps)
@@ -71,7 +79,7 @@ class Student:
             raise FewstepError(
                 f"found solver {solver!r}, expected 'trained' or one of {sorted(SOLVERS)}, fix: leave it out"
             )
-        condition = self.backbone.encode(prompts)
+        condition = self.backbone.told(prompts, tracks, drives)
         if self.steps_aware:
             condition["steps"] = torch.full((len(prompts),), float(len(grid) - 1), device=self.backbone.device)
         numbers, process = SeededNoise(seeds), self.backbone.process
@@ -85,6 +93,8 @@ class Student:
         seeds: Sequence[int],
         steps: int | None = None,
         *,
+        tracks: Tensor | None = None,
+        drives: Tensor | None = None,
         solver: str = "trained",
         batch: int | None = None,
     ) -> Tensor:
@@ -94,6 +104,8 @@ class Student:
             prompts: B prompts.
             seeds: B seeds; a seed gives the noise that the diffusers pipeline draws with a generator of that seed.
             steps: network calls, one of `self.grids`; the largest unless told.
+            tracks: where the teacher reads them (`Backbone.controls`), (B, F, 2) as x, y in pixels, nan where open.
+            drives: likewise, (B, F) in [0, 1].
             solver: as `trained`, or "ddim", "lcm" (fresh noise at every step), "dpmpp_2m", "heun" (2K - 1 calls).
             batch: how many at a time, 1 or more; fewer for larger latents unless told (`Backbone.sample_batch`).
         """
@@ -101,7 +113,11 @@ class Student:
         batch = self.backbone.rows_at_a_time(batch)
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            parts.append(self.backbone.decode(self.latents(prompts[part], seeds[part], steps, solver=solver)))
+            latents = self.latents(
+                prompts[part], seeds[part], steps, solver=solver,
+                tracks=None if tracks is None else tracks[part], drives=None if drives is None else drives[part],
+            )  # fmt: skip
+            parts.append(self.backbone.decode(latents))
         if not parts:
             raise FewstepError("found no prompt, expected at least one, fix: pass a prompt")
         return torch.cat(parts)
@@ -170,6 +186,9 @@ def load_student(
         network = shared_copy(network) if network is backbone.network else network
         layout = Layout(**card["causal"])
         return CausalStudent(backbone, network, grids, card, card["eta"], layout, backbone.causal(network))
+    if "sparse" in card:
+        network = shared_copy(network) if network is backbone.network else network
+        backbone.sparse(network, SparseOptions(**card["sparse"]))
     return Student(backbone, network, grids, card["steps_aware"], card, card["eta"])
 
 
@@ -195,6 +214,7 @@ def read_card(folder: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
             raise ValueError("grids that do not have one time more than steps")
         card["steps_aware"], card["teacher"] = bool(card["steps_aware"]), str(card["teacher"])
         card["eta"], card["size"] = float(card.get("eta", 1)), card.get("size") or {}
+        SparseOptions(**card.get("sparse", {})).validate()
         told = card.get("embedded_guidance")
         if not all(isinstance(side, int) for side in card["size"].values()) or not isinstance(told, float | int | None):
             raise ValueError("a size or guidance that are no numbers")

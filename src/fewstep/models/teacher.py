@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,10 @@ class Teacher:
         self.steps = backbone.teacher_steps if steps is None else steps
         self.guidance_scale = backbone.teacher_guidance if guidance_scale is None else guidance_scale
 
-    def calls(self, steps: int | None = None, guidance_scale: float | None = None) -> int:
+    def calls(self, steps: int | None = None, guidance_scale: float | None = None, motion_guidance: float = 0.0) -> int:
         """Network calls per image."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return (self.steps if steps is None else steps) * (1 if scale == 1 else 2)
+        return (self.steps if steps is None else steps) * (3 if motion_guidance else 1 if scale == 1 else 2)
 
     @torch.no_grad()
     def latents(
@@ -44,6 +45,9 @@ class Teacher:
         steps: int | None = None,
         *,
         guidance_scale: float | None = None,
+        motion_guidance: float = 0.0,
+        tracks: Tensor | None = None,
+        drives: Tensor | None = None,
         solver: str = "ddim",
         grid: Tensor | None = None,
         callback: Callback | None = None,
@@ -72,21 +76,33 @@ class Teacher:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
             raise FewstepError(f"found guidance_scale {scale}, expected a finite number, fix: 1 means none")
+        if not 0 <= motion_guidance < math.inf:
+            raise FewstepError(f"found motion_guidance {motion_guidance}, expected 0 or more, fix: 0 means none")
         backbone = self.backbone
-        null = {k: v.expand(len(prompts), *v.shape[1:]) for k, v in backbone.null_condition().items()}
+        told = backbone.told(prompts, tracks, drives)
+        empty = backbone.null_condition()
+        null = {k: empty[k].expand(len(prompts), *empty[k].shape[1:]) if k in empty else v for k, v in told.items()}
 
         def denoise(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return guided(self._call, x, t, condition, null, scale)
+            return guided(self._call, x, t, condition, null, scale, motion_guidance)
 
         grid = backbone.teacher_grid(steps) if grid is None else grid
         start = self.noise(seeds) * backbone.process.noise_scale
-        told = {} if callback is None else {"callback": callback}
-        return SOLVERS[solver](denoise, start, grid, backbone.process, backbone.encode(prompts), **told)
+        more = {} if callback is None else {"callback": callback}
+        return SOLVERS[solver](denoise, start, grid, backbone.process, told, **more)
 
     def states(
-        self, prompts: Sequence[str], seeds: Sequence[int], grid: Tensor, keep: Tensor, guidance_scale: float
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        grid: Tensor,
+        keep: Tensor,
+        guidance_scale: float,
+        **told: Any,
     ) -> tuple[Tensor, Tensor]:
         """Where the sampler (ddim) is at the times `keep` (K,) of `grid` (steps + 1,), and where it ends.
+
+        `told` is tracks, drives and motion_guidance, as of `sample`.
 
         Returns:
             (B, K, ...) states, each what a call at that time is made with, and (B, ...) samples.
@@ -102,7 +118,7 @@ class Teacher:
             )
         states = [self.noise(seeds) * self.backbone.process.noise_scale]
         end = self.latents(
-            prompts, seeds, guidance_scale=guidance_scale, grid=grid, callback=lambda _, x, __: states.append(x)
+            prompts, seeds, guidance_scale=guidance_scale, grid=grid, callback=lambda _, x, __: states.append(x), **told
         )
         kept = [states[int((grid - time).abs().argmin())] for time in keep]
         return torch.stack(kept, 1), end
@@ -111,9 +127,9 @@ class Teacher:
         """The standard normal noise (B, ...) that `latents` starts from."""
         return seeded_noise(seeds, self.backbone.latent_shape).to(self.backbone.device)
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """The conditions of prompts, one row each."""
-        return self.backbone.encode(prompts)
+    def encode(self, prompts: Sequence[str], **told: Any) -> Condition:
+        """The conditions of prompts, one row each, with tracks and drives where told."""
+        return self.backbone.told(prompts, **told)
 
     def sample(
         self,
@@ -122,6 +138,9 @@ class Teacher:
         steps: int | None = None,
         *,
         guidance_scale: float | None = None,
+        motion_guidance: float = 0.0,
+        tracks: Tensor | None = None,
+        drives: Tensor | None = None,
         solver: str = "ddim",
         batch: int | None = None,
     ) -> Tensor:
@@ -132,6 +151,10 @@ class Teacher:
             seeds: B seeds; the noise a diffusers pipeline draws with generators of these seeds.
             steps: solver steps; guided ones cost two network calls.
             guidance_scale: uncond + w (cond - uncond); 1 means none.
+            motion_guidance: of tracks and drives beside that of text, 0 or more (`fewstep.core.guidance`); above 0 a
+                step is three network calls.
+            tracks: of teachers that read them (`Backbone.controls`), (B, F, 2) as x, y in pixels, nan where open.
+            drives: likewise, (B, F) in [0, 1].
             solver: "ddim", "heun" or "dpmpp_2m".
             batch: how many at a time, 1 or more; fewer for larger latents unless told (`Backbone.sample_batch`).
         """
@@ -142,7 +165,9 @@ class Teacher:
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             latents = self.latents(
-                prompts[part], seeds[part], steps, guidance_scale=guidance_scale, solver=solver
+                prompts[part], seeds[part], steps, guidance_scale=guidance_scale, motion_guidance=motion_guidance,
+                tracks=None if tracks is None else tracks[part], drives=None if drives is None else drives[part],
+                solver=solver,
             )  # fmt: skip
             parts.append(self.backbone.decode(latents))
         return torch.cat(parts)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import CausalSeat
+from fewstep.attention.sparse.order import Grid
 from fewstep.core.prediction import to_denoised
 from fewstep.core.tensors import Condition
 from fewstep.errors import FewstepError
@@ -32,6 +33,7 @@ from fewstep.models.videos import (
     encoded_by_statistics,
     video_pixels,
 )
+from fewstep.models.wan_decoder import StreamDecoder
 from fewstep.models.wan_experts import WanExperts
 
 _BLADE = "Video-BLADE's released TDM for Wan2.1-1.3B (arXiv 2508.10774)"
@@ -55,6 +57,7 @@ class Wan(Backbone):
     output_name = "frames"
     teacher_guidance = 5.0  # the pipeline's own
     comfyui_key = staticmethod(wan_key)
+    self_attention = ("attn1",)
     adapter_layers = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     recipe = Recipe(
         guidance_scale=Setting(5.0, _BLADE),
@@ -69,7 +72,7 @@ class Wan(Backbone):
                 "student_rate": Setting(2e-6, "CausVid's release for Wan2.1-1.3B (arXiv 2412.07772)"),
                 "roles": Setting("copies", _FORCING),
             },
-            **dict.fromkeys(("self-forcing", "reward-forcing"), _SELF_FORCING),
+            **dict.fromkeys(("self-forcing", "reward-forcing", "live-avatar"), _SELF_FORCING),
         },
     )
 
@@ -104,6 +107,12 @@ class Wan(Backbone):
             self.size["width"] // pipeline.vae_scale_factor_spatial,
         )
 
+    @property
+    def token_grid(self) -> Grid:
+        frames, height, width = self.latent_shape[1:]
+        patch = self.pipeline.transformer.config.patch_size
+        return frames // patch[0], height // patch[1], width // patch[2]
+
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """As of all backbones; `t` may also be (B, f), a time for each latent frame."""
         dtype: Any = network.dtype  # some parameters stay float32 whatever the others are
@@ -112,7 +121,7 @@ class Wan(Backbone):
             patch = self.pipeline.transformer.config.patch_size
             time = time.repeat_interleave(x.shape[-2] * x.shape[-1] // (patch[1] * patch[2]), 1)
         output = network(
-            hidden_states=x.to(dtype),
+            hidden_states=self.fed(x, condition).to(dtype),
             timestep=time,
             encoder_hidden_states=condition[STATES].to(dtype),
             return_dict=False,
@@ -123,6 +132,10 @@ class Wan(Backbone):
         output, x = (part.transpose(1, 2).flatten(0, 1) for part in (output, x))  # frame by frame
         denoised = to_denoised(self.prediction, output, x, alpha.flatten(), sigma.flatten())
         return denoised.unflatten(0, t.shape).transpose(1, 2)
+
+    def fed(self, x: Tensor, condition: Condition) -> Tensor:
+        """What the network is fed of noisy latents (B, C, f, h, w): themselves."""
+        return x
 
     def causal(self, network: nn.Module) -> CausalSeat:
         if isinstance(network, WanExperts) or self.pipeline.transformer.config.patch_size[0] != 1:
@@ -147,6 +160,9 @@ class Wan(Backbone):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         return video_pixels(decoded_by_statistics(self.pipeline.vae, latents))
+
+    def stream_decoder(self) -> Callable[[Tensor], Tensor]:
+        return StreamDecoder(self.pipeline.vae)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -186,7 +202,8 @@ class Wan(Backbone):
 
     def run_pipeline(self, predict: Predict, scheduler: Any, noise: Tensor, **call: Any) -> Tensor:
         def forward(hidden_states: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:
-            return (predict(hidden_states, timestep[:, 0] if timestep.ndim == 2 else timestep),)
+            latents = hidden_states[:, : noise.shape[1]]  # without what a family feeds beside them
+            return (predict(latents, timestep[:, 0] if timestep.ndim == 2 else timestep),)
 
         states = self.null_condition()[STATES]
         return self.stock_pipeline(forward, scheduler)(

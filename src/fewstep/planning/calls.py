@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.attention.layout import FRAMES, Layout
 from fewstep.core.process import Process
 from fewstep.core.streams import Streams
-from fewstep.core.tensors import Condition
+from fewstep.core.tensors import CONTROLS, Condition
 from fewstep.methods.base import Batch, Options
 from fewstep.methods.decoupled import DecoupledOptions
 from fewstep.methods.self_forcing import layout_of
@@ -38,7 +38,9 @@ class Call:
     frames: int = 0
     """Of a causal student's call, those that it computes: a chunk's, or all, and twice with a clean history."""
     seen: int | None = None
-    """Of a chunk's call, the finished chunks that it attends to; None: all chunks at once."""
+    """Of a chunk's call, how many chunks it attends to beside its own; None: all chunks at once."""
+    again: bool = False
+    """Whether the whole call is computed again in the backward pass, so that nothing is kept until then."""
 
 
 def calls_of(options: Options, process: Process, rows: int, frames: int = 0) -> dict[str, list[Call]]:
@@ -65,7 +67,8 @@ def calls_of(options: Options, process: Process, rows: int, frames: int = 0) -> 
     begun = noise + 1
     if method.needs.trajectories:  # a state at each of the student's calls
         begun = begun[:, None].repeat_interleave(max(options.counts), 1)
-    batch = Batch({}, samples, shape, real=(noise, {}), pairs=(begun, noise, {}))
+    told = {CONTROLS: torch.zeros(rows, 1)} if getattr(options, "motion_guidance", 0) else {}
+    batch = Batch(told, samples, shape, real=(noise, told), pairs=(begun, noise, told))
     draw = Streams(0).at(1, samples)
     path = method.rollout(batch, roles, draw)
     found: dict[str, list[Call]] = {}
@@ -116,7 +119,7 @@ class _Chunks:
         self._roles = roles
 
     def memory(self, student: Any, layout: Layout, condition: Condition) -> _Memory:
-        return _Memory(self._roles, layout_of(layout) or layout)
+        return _Memory(self._roles, layout_of(layout) or layout, getattr(layout, "recompute", False))
 
     def parallel(
         self, student: Any, layout: Layout, x: Tensor, t: Tensor, condition: Condition, clean: Tensor | None = None
@@ -128,16 +131,17 @@ class _Chunks:
 class _Memory:
     """A memory that only counts its chunks."""
 
-    def __init__(self, roles: _StandIns, layout: Layout) -> None:
-        self._roles, self._layout, self._finished = roles, layout, 0
+    def __init__(self, roles: _StandIns, layout: Layout, recompute: bool) -> None:
+        self._roles, self._layout, self._recompute, self._finished = roles, layout, recompute, 0
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        seen = len(self._layout.seen(self._finished))
-        return self._roles._call("student", x, layout=self._layout, frames=x.shape[FRAMES], seen=seen)
+        seen, again = self._layout.seen_by_calls(self._finished), self._recompute and torch.is_grad_enabled()
+        return self._roles._call("student", x, layout=self._layout, frames=x.shape[FRAMES], seen=seen, again=again)
 
     @torch.no_grad()
     def remember(self, x: Tensor) -> None:
-        self.denoise(x, torch.zeros(len(x)))
+        if self._layout.kept == "clean" or (self._layout.sink and not self._finished):
+            self.denoise(x, torch.zeros(len(x)))
         self._finished += 1
 
     def snapshot(self) -> _Memory:

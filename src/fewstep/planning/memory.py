@@ -166,6 +166,11 @@ def plan(print_: Blueprint, run: Run) -> Plan:
 def _validate(run: Run) -> None:
     run.options.validate()
     run.train.validate()
+    if run.roles.sparse.on:
+        raise FewstepError(
+            "found a sparse student to be planned, expected a dense one, since the work of a sparse one follows from "
+            "what it sees, fix: leave --sparse at dense; memory of weights and optimisers is the same"
+        )
     if not 1 <= run.gpus <= run.train.batch:
         raise FewstepError(
             f"found {run.gpus} GPUs for batch = {run.train.batch}, expected 1 to as many as there are samples, "
@@ -254,7 +259,8 @@ def _remembered(roles: Roles, run: Run) -> int:
     """Keys and values that a causal student keeps through an iteration, of all samples.
 
     Of every finished chunk, since the student's update walks each chunk again within the memory that it had; in float32
-    of each state of a blended sink; and of the prompt.
+    of each state of a blended sink; and of the prompt. A noisy cache keeps as many of each chunk as it makes calls, at
+    most all, of the last chunk too, and its sink beside them.
     """
     backbone: Any = roles.backbone
     layout, config = layout_of(run.options), backbone.network.config
@@ -262,13 +268,17 @@ def _remembered(roles: Roles, run: Run) -> int:
     _, patch, _ = config.patch_size
     _, frames, height, width = backbone.latent_shape
     finished = layout.chunks(frames) - 1
+    kept = finished
+    if layout.kept != "clean":
+        calls = max(run.options.counts) if layout.kept == "noisy" else 1
+        kept = calls * (finished + 1) + min(layout.sink, finished)
     tokens = layout.chunk * (height // patch) * (width // patch)
     half = run.train.precision != "fp32" or (run.roles.roles == "adapters" and run.base_dtype != "float32")
     blended = 0
     if layout.sink_decay < 1 and layout.window is not None:
         blended = max(0, finished - layout.sink - layout.window)
     words = shapes(backbone, run.words)[STATES][0]
-    numbers = (2 if half else 4) * (finished * tokens + words) + 4 * blended * tokens
+    numbers = (2 if half else 4) * (kept * tokens + words) + 4 * blended * tokens
     return run.share * 2 * config.num_layers * config.num_attention_heads * config.attention_head_dim * numbers
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from fewstep.attention.layout import FRAMES
@@ -153,7 +154,7 @@ def _run(print_: Blueprint, roles: Any, network: nn.Module, call: Call, precisio
         known = [x, t, *condition.values(), *remembered, *network.parameters(), *network.buffers()]
         known += [p.grad for p in trained if p.grad is not None]
         with Ledger(known) as ledger:
-            answer = answer_to()
+            answer = _computed_again(answer_to) if call.again else answer_to()
             saved, forward, operations = ledger.alive, ledger.most, ledger.operations
             if call.graph:
                 answer.sum().backward(inputs=[*trained, *([x] if call.through else [])])
@@ -174,11 +175,21 @@ def _asked(
     if call.seen is None:
         clean = x.detach() if call.frames > x.shape[FRAMES] else None
         return lambda: networks.causal.parallel(networks.student, layout, x, t, condition, clean), []
+    if layout.kept == "noisy":  # a call sees as much with `last`, and asks for no time, which here is only a shape
+        layout = replace(layout, kept="last")
     memory = networks.causal.memory(networks.student, layout, condition)
-    while len(memory.chunks) < call.seen:
+    while memory.seen_frames < (call.seen + 1) * layout.chunk:
+        if layout.kept != "clean":
+            memory.denoise(x.detach(), t)
         memory.remember(x.detach())
-    kept = [part for chunk in memory.chunks for layer in chunk.layers for part in layer]
+    kept = [part for chunk in memory.remembered for layer in chunk.layers for part in layer]
     return lambda: memory.denoise(x, t), kept
+
+
+def _computed_again(answer_to: Callable[[], Tensor]) -> Tensor:
+    """As `fewstep.streaming.rollout.CausalPath` does it."""
+    answer: Tensor = checkpoint(answer_to, use_reentrant=False, preserve_rng_state=False)
+    return answer
 
 
 def _network(roles: Any, role: str) -> nn.Module:

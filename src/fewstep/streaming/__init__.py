@@ -1,4 +1,7 @@
-"""Videos made chunk by chunk: `rollout` is the endless sampler and what training sees of it, `student` a saved one."""
+"""Videos made chunk by chunk: `rollout` is the endless sampler and what training sees of it, `student` a saved one.
+
+`pipeline` is the sampler spread over processes, `throughput` how fast that is, `film` a file that grows.
+"""
 
 from fewstep.streaming.rollout import CausalPath, ChunkNoise, Memory, stream
 

@@ -8,11 +8,13 @@ drawn step, what that step predicts is the chunk, and it alone carries gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fewstep.attention.layout import FRAMES
 from fewstep.core.guidance import Denoiser
@@ -45,8 +47,16 @@ class Memory(Protocol):
 
 
 @torch.no_grad()
-def stream(memory: Memory, noise: ChunkNoise, grid: Tensor, process: Process, *, eta: float = 0.0) -> Iterator[Tensor]:
-    """Chunks (B, C, n, ...), one after the other, without end; K + 1 forwards of n frames each.
+def stream(
+    memory: Memory,
+    noise: ChunkNoise,
+    grid: Tensor,
+    process: Process,
+    *,
+    eta: float = 0.0,
+    begun: Callable[[], None] | None = None,
+) -> Iterator[Tensor]:
+    """Chunks (B, C, n, ...), one after the other, without end; K + 1 forwards of n frames each, K with a noisy cache.
 
     A chunk is handed out before it is remembered, so a prompt that `memory` is told in between also holds for what is
     remembered of that chunk.
@@ -57,20 +67,40 @@ def stream(memory: Memory, noise: ChunkNoise, grid: Tensor, process: Process, *,
         grid: (K + 1,) the student's times.
         process: the noising process.
         eta: share of its own noise that a step keeps: 0 is new noise at every step (Self Forcing), 1 none.
+        begun: called when a chunk is begun, such as to steer it (`fewstep.attention.CachedMemory.steer`).
     """
     for chunk in count():
-        x = noise(chunk, 0) * process.noise_scale
-        x = ddim(_denoiser(memory), x, grid, process, {}, eta=eta, noise=_fresh(noise, chunk))
+        if begun is not None:
+            begun()
+        first = noise(chunk, 0) * process.noise_scale
+        x = called(memory, first, chunk, range(len(grid) - 1), noise, grid, process, eta=eta)
         yield x
         memory.remember(x)
+
+
+def called(
+    memory: Memory,
+    x: Tensor,
+    chunk: int,
+    calls: range,
+    noise: ChunkNoise,
+    grid: Tensor,
+    process: Process,
+    *,
+    eta: float,
+) -> Tensor:
+    """A chunk (B, C, n, ...) at the time of the first of `calls`, after these; the rest is as of `stream`."""
+    times, fresh = grid[calls.start : calls.stop + 1], _fresh(noise, chunk, calls.start)
+    return ddim(_denoiser(memory), x, times, process, {}, eta=eta, noise=fresh)
 
 
 class CausalPath(DrawnPath):
     """A video that stops at one step of every chunk, seen by a method as a path of one call that lands on clean data.
 
     The video is made once, when it is first asked for, without gradient: for L chunks and the exit e (0 to K-1), L (e +
-    1) + L - 1 forwards of a chunk. `land` repeats the last of each chunk's calls with gradient, within the memory that
-    the chunk had: L forwards more, none of the others again.
+    1) + L - 1 forwards of a chunk (with a noisy cache, one instead of L - 1, which reads its sink). `land` repeats the
+    last of each chunk's calls with gradient, within the memory that the chunk had: L forwards more, none of the others
+    again.
 
     Args:
         memory: of the student, empty.
@@ -81,6 +111,7 @@ class CausalPath(DrawnPath):
         condition: what critic and teacher are told.
         exit_call: e, for all chunks and samples.
         eta: as of `stream`.
+        recompute: forget what `land` computes, and compute it again in the backward pass, chunk by chunk.
     """
 
     def __init__(
@@ -93,6 +124,7 @@ class CausalPath(DrawnPath):
         condition: Condition,
         exit_call: int,
         eta: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         first = noise(0, 0)
         whole = torch.cat([first, *(noise(chunk, 0) for chunk in range(1, chunks))], FRAMES)
@@ -101,7 +133,7 @@ class CausalPath(DrawnPath):
         self.call = torch.zeros(len(whole), dtype=torch.long)
         self.exit_call = exit_call
         self._memory, self._noise, self._chunks, self._eta_of_chunks = memory, noise, chunks, eta
-        self._chunk_grid = grid
+        self._chunk_grid, self._recompute = grid, recompute
         self._made: list[tuple[Memory, Path]] = []
 
     def landing(self, call: Tensor) -> Landing:
@@ -112,7 +144,10 @@ class CausalPath(DrawnPath):
     def land(self, student: Denoiser, call: Tensor) -> Landing:
         """The same with gradient, through the last call of every chunk; `student` is the memory's own."""
         self._walk()
-        return self._joined([path.land(_denoiser(memory), self._exit) for memory, path in self._made])
+        lands = [partial(path.land, _denoiser(memory), self._exit) for memory, path in self._made]
+        if not self._recompute or not torch.is_grad_enabled():
+            return self._joined([land() for land in lands])
+        return self._joined([checkpoint(land, use_reentrant=False, preserve_rng_state=False) for land in lands])
 
     @property
     def first_and_last(self) -> tuple[Tensor, Tensor]:
@@ -153,9 +188,9 @@ class CausalPath(DrawnPath):
         return Landing(denoised, denoised, eps, torch.zeros_like(t_from), t_from, self.condition)
 
 
-def _fresh(noise: ChunkNoise, chunk: int) -> Noise:
-    """A chunk's new noise as solvers and paths ask for it."""
-    return lambda k, _: noise(chunk, k + 1)
+def _fresh(noise: ChunkNoise, chunk: int, first: int = 0) -> Noise:
+    """A chunk's new noise as solvers and paths ask for it, which count calls from `first`."""
+    return lambda k, _: noise(chunk, first + k + 1)
 
 
 def _denoiser(memory: Memory) -> Denoiser:

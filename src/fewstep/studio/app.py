@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send  # noqa: E402
 
 from fewstep.studio.desk import Desk  # noqa: E402
 from fewstep.studio.draw_tab import draw_tab  # noqa: E402
+from fewstep.studio.live_routes import live_routes  # noqa: E402
 from fewstep.studio.runs import RunsFolder  # noqa: E402
 from fewstep.studio.runs_tab import runs_tab  # noqa: E402
 
@@ -42,10 +43,13 @@ def build_app(desk: Desk, runs: RunsFolder, refresh: float) -> FastAPI:
         gr.Markdown("# fewstep studio")
         with gr.Tab("Draw"):
             draw_tab(page, desk)
+        with gr.Tab("Stream"):
+            gr.HTML('<iframe src="/live" title="A film that follows the mouse" class="live"></iframe>')
         with gr.Tab("Runs") as tab:
             runs_tab(page, tab, runs, refresh)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(ShutFiles)
+    live_routes(app, desk)
     style = files("fewstep").joinpath("assets/studio/studio.css").read_text(encoding="utf-8")
     fonts = {"font": ("ui-sans-serif", "system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
     theme = gr.themes.Default(primary_hue="teal", **fonts)

@@ -18,6 +18,7 @@ from fewstep.errors import FewstepError
 from fewstep.models.router import part_folder
 from fewstep.models.student import ROUTER, Student, load_student, read_card
 from fewstep.models.teacher import Teacher
+from fewstep.streaming.student import CausalStudent
 
 LONGEST_PROMPT = 4000
 _KEPT = 64
@@ -67,7 +68,8 @@ class Desk:
         self._students, self._teacher, self._device = students, teacher, device
         self._loaded: dict[str, tuple[Any, Student | Teacher]] = {}
         self._drawings: OrderedDict[Any, Drawing] = OrderedDict()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held while something is loaded or drawn."""
 
     def names(self) -> list[str]:
         """The students there are."""
@@ -120,6 +122,34 @@ class Desk:
 
         return self._remembered(key, draw)
 
+    def streamers(self) -> list[str]:
+        """The students that make films chunk by chunk."""
+        return [name for name in self.names() if self._is_streamer(name)]
+
+    def streamer(self, student: str) -> CausalStudent:
+        """Such a student, loaded.
+
+        Raises:
+            FewstepError: no such student, one that makes whole samples, or what loading it raises.
+        """
+        folder = self._folder(student)
+        if not self._is_streamer(student):
+            raise FewstepError(
+                f"found {student!r}, which makes whole samples, expected a student that makes films chunk by chunk, "
+                "fix: train one by self-forcing or motionstream (docs/causal.md)"
+            )
+        with self.lock:
+            written = folder, folder.stat().st_mtime
+            model = self._model("student", written, lambda: load_student(folder, device=self._device))
+        assert isinstance(model, CausalStudent)
+        return model
+
+    def _is_streamer(self, student: str) -> bool:
+        try:
+            return "causal" in self._card(student)[0]
+        except FewstepError:
+            return False
+
     def teacher_before(self, student: str | None, prompt: str, seed: int) -> Drawing | None:
         """What `by_teacher` drew before, if it did."""
         return self._drawings.get(self._teacher_key(student, prompt, seed))
@@ -148,7 +178,7 @@ class Desk:
         return self._loaded[role][1]
 
     def _remembered(self, key: Any, draw: Callable[[], Drawing]) -> Drawing:
-        with self._lock:
+        with self.lock:
             if key not in self._drawings:
                 self._drawings[key] = draw()
                 while len(self._drawings) > _KEPT:
