@@ -259,15 +259,17 @@ def distill(
     backbone = teacher.backbone
     check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
     texts = training_prompts(backbone, prompts)
-    own = {"real": real, "pairs": pairs, "hooks": hooks, "start": start, "reward": reward, "held_out": held_out}
+    own = {"real": real, "pairs": pairs, "hooks": hooks, "reward": reward}
     given = [name for name, value in own.items() if value is not None]
+    unseen = None if held_out is None else list(training_prompts(backbone, held_out)[:PROMPTS])
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
     told = {"roles": roles, "train": train_options, "text": text or TextOptions()}
-    origin = recorded(teacher, options, read_from, sizes, given, **told)
+    origin = recorded(teacher, options, read_from, sizes, given, start=start, held_out=unseen, **told)
     if isinstance(options, PhasedOptions):
         from fewstep.several import distill_phases
 
-        if refused := [name for name in ("start", "reward", "held_out") if name in given]:
+        not_for_chains = {"start": start, "reward": reward, "held_out": held_out}
+        if refused := [name for name, value in not_for_chains.items() if value is not None]:
             raise FewstepError(
                 f"found {', '.join(refused)} for {recipe.name}, a chain of runs whose experts begin as the teacher, "
                 "expected neither of these, fix: leave them out"
@@ -286,7 +288,6 @@ def distill(
             "found held_out, which nothing reads here, expected evaluations that are ours (evaluate_every above 0, and "
             "no hooks of your own), fix: ask for them, or leave it out"
         )
-    unseen = None if held_out is None else list(training_prompts(backbone, held_out)[:PROMPTS])
     encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks or pairs))
     if unseen is not None:
         encoding = replace(encoding, texts=[*encoding.texts, unseen])
@@ -330,6 +331,8 @@ def distill(
         configuration["quantised"] = backbone.quantised
     if start is not None:
         configuration["start"] = str(start)
+    if unseen is not None:
+        configuration["held_out"] = fingerprint(unseen)
     if reward is not None:
         configuration["reward"] = getattr(reward, "__qualname__", type(reward).__qualname__)
     if listed is not None:
