@@ -222,7 +222,8 @@ TRAIN: dict[str, Any] = {
 }  # fmt: skip
 FROZEN: dict[str, Any] = {"student_rate": 0.0}  # which is an alarm after three iterations
 BESIDE_TRAIN: dict[str, dict[str, Any]] = {
-    "on_alarm": FROZEN, "patience": {"evaluate_every": 1}, "log_most": {"log_every": 1}, "sample_most": {"sample_every": 1},
+    "on_alarm": FROZEN, "patience": {"evaluate_every": 1},
+    "log_most": {"log_every": 1}, "sample_most": {"sample_every": 1},
 }  # fmt: skip
 
 
