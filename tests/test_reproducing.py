@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import fewstep
 from fewstep.api import RoleOptions, TextOptions
 from fewstep.cli import main
+from fewstep.data.real import RealImages
 from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.methods.tdm_options import TDMOptions
@@ -105,6 +106,31 @@ def test_a_run_that_began_with_a_student_and_has_held_out_prompts_is_made_again(
     card.write_text(card.read_text() + " ")
     with pytest.raises(FewstepError, match="found other files in .*first than those of the student"):
         fewstep.reproduce(run)
+
+
+def test_real_images_are_kept_by_their_hash_and_others_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher, prompts = fewstep.load_teacher(tiny_teacher), ["a frog", "a 3d pizza"]
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    right = RealImages(teacher.backbone, images, prompts)
+    fewstep.distill(
+        teacher, TDMOptions(steps=2, gan_weight=0.1), out=tmp_path / "run", prompts=prompts, real=right,
+        roles=RoleOptions(rank=2), train_options=replace(SHORT, iterations=1, warmup=0),
+    )  # fmt: skip
+    assert record(tmp_path / "run")["data"]["real"] == right.digest()
+    changed = images.clone()
+    changed[1, 2, 3, 4] += 1
+    others = [
+        RealImages(teacher.backbone, changed, prompts),
+        RealImages(teacher.backbone, images, prompts[::-1]),
+        RealImages(teacher.backbone, images, prompts, seed=1),
+        lambda iteration, samples: right(iteration, samples),
+    ]
+    for other in others:
+        with pytest.raises(FewstepError, match="found other real data than the run was made with"):
+            fewstep.reproduce(tmp_path / "run", prompts=prompts, real=other)
+    assert not (tmp_path / "run-again").exists()
+    found = fewstep.reproduce(tmp_path / "run", prompts=prompts, real=right)
+    assert found.equal, found.report()
 
 
 def test_what_differs_is_named_and_since_when(place: Path, tmp_path: Path) -> None:

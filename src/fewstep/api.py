@@ -22,6 +22,7 @@ from fewstep.evaluation.held_out import PROMPTS
 from fewstep.live import usual_hooks
 from fewstep.material import (
     at_first_size,
+    encoded_by_run,
     fingerprint,
     own_data,
     size_list,
@@ -258,13 +259,14 @@ def distill(
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = teacher.backbone
     check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
+    real = encoded_by_run(real, backbone)
     texts = training_prompts(backbone, prompts)
     own = {"real": real, "pairs": pairs, "hooks": hooks, "reward": reward}
     given = [name for name, value in own.items() if value is not None]
     unseen = None if held_out is None else list(training_prompts(backbone, held_out)[:PROMPTS])
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
     told = {"roles": roles, "train": train_options, "text": text or TextOptions()}
-    origin = recorded(teacher, options, read_from, sizes, given, start=start, held_out=unseen, **told)
+    origin = recorded(teacher, options, read_from, sizes, given, start=start, held_out=unseen, real=real, **told)
     if isinstance(options, PhasedOptions):
         from fewstep.several import distill_phases
 

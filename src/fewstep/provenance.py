@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fewstep.data.real import RealImages
 from fewstep.embedded.names import name_of
 from fewstep.methods.base import Options
 from fewstep.models.card import papers
@@ -34,6 +35,7 @@ def recorded(
     *,
     start: str | Path | None = None,
     held_out: Sequence[str] | None = None,
+    real: object = None,
     **parts: Any,
 ) -> AbstractContextManager[None]:
     """Runs that begin within tell in run.json where they come from.
@@ -46,6 +48,7 @@ def recorded(
         given: names of what was passed in Python and no file holds, such as real data.
         start: the student that this one begins with, whose files are hashed as well.
         held_out: prompts of evaluations, where they are not the first ones of all.
+        real: clean data that were passed in Python; of `RealImages` a hash is kept.
         parts: dataclasses of options by name.
     """
     backbone = teacher.backbone
@@ -70,9 +73,13 @@ def recorded(
             "machine": machine(backbone.device),
         }
 
+    def data() -> dict[str, str]:
+        of_start = {} if start is None else {"start": digest(start)}
+        return {"teacher": teacher_digest(teacher), **of_start, **real_digest(real)}
+
     return noted(
         origin=origin,
-        data=lambda: {"teacher": teacher_digest(teacher)} | ({} if start is None else {"start": digest(start)}),
+        data=data,
         papers=lambda: papers(options.build().paper),
     )
 
@@ -80,6 +87,11 @@ def recorded(
 def teacher_digest(teacher: Teacher) -> str:
     """The `digest` of the teacher's pipeline folder."""
     return digest(teacher.backbone.folder or teacher.backbone.source)
+
+
+def real_digest(real: object) -> dict[str, str]:
+    """{"real": hash} of real data that can be hashed; else nothing."""
+    return {"real": real.digest()} if isinstance(real, RealImages) else {}
 
 
 def digest(folder: str | Path) -> str:

@@ -24,7 +24,7 @@ from fewstep.methods.reward_forcing import Reward
 from fewstep.models.router import Router, part_folder
 from fewstep.models.student import ROUTER
 from fewstep.models.teacher import Teacher
-from fewstep.provenance import OWN, digest, teacher_digest
+from fewstep.provenance import OWN, digest, real_digest, teacher_digest
 from fewstep.several import distill_part
 from fewstep.training import checkpoint
 from fewstep.training.folder import describe, differing, machine
@@ -101,7 +101,7 @@ def reproduce(
         raise FewstepError(f"found no part-<k> in {run}, expected those of MSD, fix: train them (fewstep msd)")
     for _, asked in calls:
         _require_given(asked, real=real, pairs=pairs, reward=reward, hooks=hooks)
-        _require_start(asked)
+        _require_data(asked, real)
     ready = [(folder, asked, _teacher(asked), _prompts(asked, prompts)) for folder, asked in calls]
     compared, differences, surroundings = [], [], []
     for folder, asked, teacher, texts in ready:
@@ -148,8 +148,13 @@ def _require_given(asked: Asked, **passed: object) -> None:
         raise FewstepError(f"found {odd[0]} for a part of MSD, expected none, as it takes none, fix: leave them out")
 
 
-def _require_start(asked: Asked) -> None:
-    """Refuses where the student that the run began with is not there, or another."""
+def _require_data(asked: Asked, real: RealData | None) -> None:
+    """Refuses other real data, and where the student that the run began with is not there, or another."""
+    if asked.real_digest and asked.real_digest != real_digest(real):
+        raise FewstepError(
+            "found other real data than the run was made with, expected the same images, texts and seed, fix: pass "
+            "fewstep.reproduce(..., real=...) the RealImages of the call that made it"
+        )
     if asked.start is not None and digest(asked.start) != asked.start_digest:
         raise FewstepError(
             f"found other files in {asked.start} than those of the student that the run began with, expected the same, "

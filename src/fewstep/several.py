@@ -26,7 +26,15 @@ from fewstep.data.real import RealScenes
 from fewstep.data.sources import Prompts
 from fewstep.errors import FewstepError
 from fewstep.live import usual_hooks
-from fewstep.material import at_first_size, fingerprint, own_data, size_list, training_prompts, with_moments
+from fewstep.material import (
+    at_first_size,
+    encoded_by_run,
+    fingerprint,
+    own_data,
+    size_list,
+    training_prompts,
+    with_moments,
+)
 from fewstep.methods.base import Needs, Options
 from fewstep.methods.matching_options import MatchingOptions
 from fewstep.methods.msd import Part, Stage, msd_stages
@@ -81,6 +89,7 @@ def distill_phases(
     switches = switch_times(options.time_grid(options.steps), options.ends)
     needs = options.build().needs
     listed = size_list(backbone, sizes, needs, train_options.seed)
+    real = encoded_by_run(real, backbone)
     if needs.real_data and real is None:
         real = own_data(backbone, "phased", train_options.seed)
 
@@ -199,8 +208,10 @@ def distill_part(
     home, first = part_folder(out, part - 1), settings[stages[0].name]
     asked = Part(part, router.parts, gan_weight, tsm, depth, width, fingerprint(texts))
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
+    real = encoded_by_run(real, backbone)
     given = [] if real is None else ["real"]
-    origin = recorded(loaded, dm, read_from, [], given, roles=roles, text=text or TextOptions(), part=asked)
+    told = {"roles": roles, "text": text or TextOptions(), "part": asked}
+    origin = recorded(loaded, dm, read_from, [], given, real=real, **told)
     if real is None and any(stage.options.build().needs.real_data for stage in stages):
         if not isinstance(own_data(backbone, "msd", first.seed), RealScenes):
             raise FewstepError(
