@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class RealImages:
             raise FewstepError("found images beyond [-1, 1], expected uint8, or floats in [-1, 1], fix: rescale them")
         self._backbone, self._images, self.texts, self._seed = backbone, images, list(texts), seed
 
-    def encoded_by(self, backbone: Encoder) -> Self:
+    def encoded_by(self, backbone: Encoder) -> RealImages:
         """The same data encoded by another `backbone`."""
         other = copy(self)
         other._backbone = backbone
