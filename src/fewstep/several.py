@@ -210,7 +210,7 @@ def distill_part(
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
     real = encoded_by_run(real, backbone)
     given = [] if real is None else ["real"]
-    told = {"roles": roles, "text": text or TextOptions(), "part": asked}
+    told: dict[str, Any] = {"roles": roles, "text": text or TextOptions(), "part": asked}
     origin = recorded(loaded, dm, read_from, [], given, real=real, **told)
     if real is None and any(stage.options.build().needs.real_data for stage in stages):
         if not isinstance(own_data(backbone, "msd", first.seed), RealScenes):

@@ -98,10 +98,10 @@ class TrainOptions:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         never_negative = ("microbatch", "seed", "warmup", "student_rate", "critic_rate", "weight_decay", "student_clip")
         every = ("critic_clip", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "patience")
-        every += ("log_most", "sample_most")
-        for name in never_negative + every:
+        most = ("log_most", "sample_most")
+        for name in never_negative + every + most:
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
-        for name in ("iterations", "warmup", "keep", *every[1:]):
+        for name in ("iterations", "warmup", "keep", *every[1:], *most):
             self._require(name, getattr(self, name) < _MOST, f"below {_MOST}")
         for name in ("batch", "microbatch"):
             self._require(name, getattr(self, name) <= _LARGEST_BATCH, f"at most {_LARGEST_BATCH}")
