@@ -34,6 +34,7 @@ from fewstep.models.backbone import Backbone
 from fewstep.models.roles import Kind, Roles, build_roles
 
 _PROMPT_FACTOR = 2.0  # variance without the prompt over that with it, where a method is guided
+_RANK = 64  # of adapters: the random half of the update then spans most of what the features can say
 
 
 class Network(nn.Module):
@@ -81,10 +82,12 @@ class Run:
     critic_rate: float
     segments: int = 4
     """Into which time is divided, with a polynomial of 6 terms each."""
+    adapter_critic_factor: float = 0.5
+    """Of the critic's rate through adapters."""
 
 
 RUNS: dict[str, Callable[[], Run]] = {
-    "tdm": lambda: Run(gaussian_options(2, "exact"), 700, 1024, 1e-3, 0.02, segments=2),
+    "tdm": lambda: Run(gaussian_options(2, "exact"), 700, 1024, 1e-3, 0.02, segments=2, adapter_critic_factor=1.0),
     "dmd2": lambda: Run(dmd2_options(1, 0.0), 400, 512, 3e-3, 0.02),
     "f-distill": lambda: Run(
         FDistillOptions(steps=1, guidance_scale=1.0, critic_updates=2, gan_weight=0.0), 400, 512, 3e-3, 0.02
@@ -109,24 +112,25 @@ def through_roles(process: Process, name: str, kind: Kind, method: Method | None
     """The covariance of what the student makes, within 5 %: a quarter of a minute at most.
 
     At the end of its path; of Phased DMD's first phase, where it ends. `method` is another than the run's own. A LoRA
-    update is a product of two matrices, of which one starts at zero, and takes longer.
+    update is a product of two matrices, of which one starts at zero: it takes longer, and at the rate of a whole
+    critic the other matrix, random at first, is thrown about (SiD's student then runs away).
     """
     run = RUNS[name]()
     options, law = run.options, gaussian_teacher(process)
     guided = isinstance(options, DecoupledOptions)
-    iterations, rate = run.iterations, run.student_rate
+    iterations, critic_rate = run.iterations, run.critic_rate
     if kind == "adapters":
-        iterations, rate = 3 * iterations, 1.5 * rate
+        iterations, critic_rate = int(1.5 * iterations), run.adapter_critic_factor * critic_rate
     grid = options.time_grid(options.steps)
     segments = torch.linspace(1, 0, run.segments + 1, dtype=torch.float64)
     network = Network(wider(law, _PROMPT_FACTOR) if guided else law, law, segments)
-    roles = build_roles(cast(Backbone, NetworkBackbone(network, process)), kind, rank=law.dimensions)
+    roles = build_roles(cast(Backbone, NetworkBackbone(network, process)), kind, rank=_RANK)
     own = FDistill(options, exact_ratio(law, roles)) if isinstance(options, FDistillOptions) else options.build()
     alternate(
         method or own,
         roles,
-        {"params": roles.student_parameters(), "lr": rate},
-        [{"params": roles.critic_parameters(), "lr": run.critic_rate}],
+        {"params": roles.student_parameters(), "lr": run.student_rate},
+        [{"params": roles.critic_parameters(), "lr": critic_rate}],
         dimensions=law.dimensions,
         iterations=iterations,
         batch=run.batch,
