@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -199,17 +201,24 @@ def test_no_memory_left_is_one_paragraph_and_other_errors_of_the_program_are_not
         main(["methods"])
 
 
-def test_ctrl_c_before_or_after_training_ends_with_its_code(
+def test_ctrl_c_and_sigterm_before_or_after_training_end_with_their_codes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(words: list[str]) -> None:
         raise KeyboardInterrupt  # as SIGINT does, which a process started in the background may ignore
 
-    monkeypatch.setattr("fewstep.commands.methods.main", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        main(["methods"])
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "fewstep: stopped; the same command goes on (--resume for a run)\n"
+    def terminated(words: list[str]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    for act, code in ((interrupted, 130), (terminated, 143)):
+        monkeypatch.setattr("fewstep.commands.methods.main", act)
+        with pytest.raises(SystemExit) as stopped:
+            main(["methods"])
+        assert stopped.value.code == code
+        assert capsys.readouterr().err == "fewstep: stopped; the same command goes on (--resume for a run)\n"
+        assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -222,10 +222,13 @@ TRAIN: dict[str, Any] = {
     "optimiser": "adamw8bit", "beta1": 0.5, "beta2": 0.9, "weight_decay": 5.0, "schedule": "constant", "warmup": 3,
     "final_rate": 0.5, "student_clip": 1e-3, "critic_clip": 1e-3, "ema_decay": 0.1, "precision": "bf16",
     "log_every": 1, "sample_every": 2, "evaluate_every": 2, "checkpoint_every": 3, "keep": 1, "tensorboard": True,
-    "tracker": "listed", "on_alarm": "off", "patience": 2,
+    "tracker": "listed", "on_alarm": "off", "patience": 2, "log_most": 1, "sample_most": 1,
 }  # fmt: skip
 FROZEN: dict[str, Any] = {"student_rate": 0.0}  # which is an alarm after three iterations
-BESIDE_TRAIN: dict[str, dict[str, Any]] = {"on_alarm": FROZEN, "patience": {"evaluate_every": 1}}
+BESIDE_TRAIN: dict[str, dict[str, Any]] = {
+    "on_alarm": FROZEN, "patience": {"evaluate_every": 1},
+    "log_most": {"log_every": 1}, "sample_most": {"sample_every": 1},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +260,9 @@ def test_what_alarms_do_is_chosen(tmp_path: Path) -> None:
 def test_options_of_the_trainer_are_refused_where_nothing_reads_them(tiny_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(FewstepError, match="found final_rate = 0.5, which nothing reads here"):
         replace(SHORT, schedule="constant", final_rate=0.5).validate()
+    for name, every in (("log_most", "log_every"), ("sample_most", "sample_every")):
+        with pytest.raises(FewstepError, match=f"found {name} = 7, which nothing reads here, expected {every} above 0"):
+            replace(SHORT, **{every: 0, name: 7}).validate()
     with pytest.raises(FewstepError, match="found patience = 2, expected 0 where evaluate_every is 0"):
         replace(SHORT, patience=2).validate()
     with pytest.raises(FewstepError, match="found patience = 2 and an evaluation without a score"):

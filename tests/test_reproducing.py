@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fewstep
-from fewstep.api import RoleOptions
+from fewstep.api import RoleOptions, TextOptions
 from fewstep.cli import main
+from fewstep.data.real import RealImages
 from fewstep.errors import FewstepError
 from fewstep.methods import preset
 from fewstep.methods.tdm_options import TDMOptions
 from fewstep.reproducing import OF_THE_MOMENT, _compare_logs, _compare_students, _compare_weights
 from fewstep.several import distill_part
 from fewstep.training.folder import RECORD
+from fewstep.training.log import read_log
 from fewstep.training.loop import Hooks
 from fewstep.training.options import TrainOptions
 
@@ -70,6 +72,65 @@ def test_a_run_is_made_again_to_the_bit(place: Path, capsys: pytest.CaptureFixtu
     weights = "checkpoints/000002/student.safetensors"
     assert (again / weights).read_bytes() == (place / "run" / weights).read_bytes()
     assert fewstep.reproduce(place / "run").equal  # it is there already: only compared
+
+
+def test_a_run_that_began_with_a_student_and_has_held_out_prompts_is_made_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from another folder and without the file of prompts; not where the student has become another."""
+    shutil.copytree(place / "run" / "student", tmp_path / "first")
+    held_out, texts = tmp_path / "held-out.txt", ["a blue frog", "a dog"]
+    held_out.write_text("\n".join(texts))
+    monkeypatch.chdir(tmp_path)
+    words = ["--teacher", str(place / "teacher"), "--prompts", f"{place / 'prompts.jsonl'}:text", "--roles", "copies"]
+    more = ["--start", "first", "--held-out", str(held_out), "--evaluate-every", "1", "--text-encoder", "keep"]
+    main(["distill", "tdm", *words, *more, "--out", "run", *QUICK])
+    run = tmp_path / "run"
+    told = record(run)
+    assert (told["origin"]["start"], told["origin"]["held_out"]) == (str(tmp_path / "first"), texts)
+    assert told["origin"]["given"] == []
+    assert told["configuration"]["held_out"]["count"] == 2
+    with pytest.raises(FewstepError, match=r"held_out.hash was '[0-9a-f]+', is "):
+        fewstep.distill(
+            place / "teacher", replace(preset("tdm"), steps=2), out=run, prompts=f"{place / 'prompts.jsonl'}:text",  # type: ignore[type-var]
+            start="first", held_out=["a cat", "a dog"], roles=RoleOptions(roles="copies"), resume=True,
+            train_options=replace(SHORT, evaluate_every=1), text=TextOptions(text_encoder="keep"),
+        )  # fmt: skip
+    held_out.unlink()
+    monkeypatch.chdir(place)
+    found = fewstep.reproduce(run)
+    assert found.equal, found.report()
+    scores = [line["evaluate/score"] for line in read_log(tmp_path / "run-again" / "log.jsonl")]
+    assert scores == [line["evaluate/score"] for line in read_log(run / "log.jsonl")]
+    card = tmp_path / "first" / "fewstep.json"
+    card.write_text(card.read_text() + " ")
+    with pytest.raises(FewstepError, match="found other files in .*first than those of the student"):
+        fewstep.reproduce(run)
+
+
+def test_real_images_are_kept_by_their_hash_and_others_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher, prompts = fewstep.load_teacher(tiny_teacher), ["a frog", "a 3d pizza"]
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    right = RealImages(teacher.backbone, images, prompts)
+    fewstep.distill(
+        teacher, TDMOptions(steps=2, gan_weight=0.1), out=tmp_path / "run", prompts=prompts, real=right,
+        roles=RoleOptions(rank=2), train_options=replace(SHORT, iterations=1, warmup=0),
+    )  # fmt: skip
+    assert record(tmp_path / "run")["data"]["real"] == right.digest()
+    changed = images.clone()
+    changed[1, 2, 3, 4] += 1
+    others = [
+        RealImages(teacher.backbone, changed, prompts),
+        RealImages(teacher.backbone, images, prompts[::-1]),
+        RealImages(teacher.backbone, images, prompts, seed=1),
+        lambda iteration, samples: right(iteration, samples),
+    ]
+    for other in others:
+        with pytest.raises(FewstepError, match="found other real data than the run was made with"):
+            fewstep.reproduce(tmp_path / "run", prompts=prompts, real=other)
+    assert not (tmp_path / "run-again").exists()
+    found = fewstep.reproduce(tmp_path / "run", prompts=prompts, real=right)
+    assert found.equal, found.report()
 
 
 def test_what_differs_is_named_and_since_when(place: Path, tmp_path: Path) -> None:

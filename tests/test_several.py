@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import fewstep
+from fewstep import cli
 from fewstep.api import RoleOptions
 from fewstep.methods.phased import PhasedOptions
 from fewstep.several import distill_phases
@@ -60,6 +61,14 @@ def test_a_disjoint_run_with_four_experts_and_a_picture_in_every_phase(tmp_path:
     for phase in (1, 2, 3, 4):
         assert list((tmp_path / f"phase-{phase}" / "samples").glob("000002-4-steps.png"))
     assert fewstep.sample(tmp_path / "student", PROMPTS, 0).shape == (3, 3, 32, 32)
+
+
+def test_the_command_has_no_options_that_parts_do_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--start", "--held-out"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["msd", "tdm", "--part", "1", option, "x"])
+        assert stopped.value.code == 2
+        assert option in capsys.readouterr().err
 
 
 def test_the_command_trains_one_part(tmp_path: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

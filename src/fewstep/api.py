@@ -22,6 +22,7 @@ from fewstep.evaluation.held_out import PROMPTS
 from fewstep.live import usual_hooks
 from fewstep.material import (
     at_first_size,
+    encoded_by_run,
     fingerprint,
     own_data,
     prompt_data,
@@ -269,17 +270,20 @@ def distill(
     teacher = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = teacher.backbone
     check_sharding(backbone, roles, train_options, needs.pairs and pairs is None)
+    real = encoded_by_run(real, backbone)
     texts = training_prompts(backbone, prompts)
     require_clips(options, texts)
-    own = {"real": real, "pairs": pairs, "hooks": hooks, "start": start, "reward": reward, "held_out": held_out}
+    own = {"real": real, "pairs": pairs, "hooks": hooks, "reward": reward}
     given = [name for name, value in own.items() if value is not None]
+    unseen = None if held_out is None else list(training_prompts(backbone, held_out)[:PROMPTS])
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
     told = {"roles": roles, "train": train_options, "text": text or TextOptions()}
-    origin = recorded(teacher, options, read_from, sizes, given, **told)
+    origin = recorded(teacher, options, read_from, sizes, given, start=start, held_out=unseen, real=real, **told)
     if isinstance(options, PhasedOptions):
         from fewstep.several import distill_phases
 
-        if refused := [name for name in ("start", "reward", "held_out") if name in given]:
+        not_for_chains = {"start": start, "reward": reward, "held_out": held_out}
+        if refused := [name for name, value in not_for_chains.items() if value is not None]:
             raise FewstepError(
                 f"found {', '.join(refused)} for {recipe.name}, a chain of runs whose experts begin as the teacher, "
                 "expected neither of these, fix: leave them out"
@@ -298,7 +302,6 @@ def distill(
             "found held_out, which nothing reads here, expected evaluations that are ours (evaluate_every above 0, and "
             "no hooks of your own), fix: ask for them, or leave it out"
         )
-    unseen = None if held_out is None else list(training_prompts(backbone, held_out)[:PROMPTS])
     encoding = Encoding.of(backbone, text, Path(out), texts, real, own=bool(hooks or pairs))
     if unseen is not None:
         encoding = replace(encoding, texts=[*encoding.texts, unseen])
@@ -348,6 +351,8 @@ def distill(
         configuration["quantised"] = backbone.quantised
     if start is not None:
         configuration["start"] = str(start)
+    if unseen is not None:
+        configuration["held_out"] = fingerprint(unseen)
     if reward is not None:
         configuration["reward"] = getattr(reward, "__qualname__", type(reward).__qualname__)
     if listed is not None:

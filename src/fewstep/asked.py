@@ -51,6 +51,13 @@ class Asked:
     prompts: str | None
     fingerprint: dict[str, Any]
     """Of the prompts."""
+    start: str | None
+    """The student that this one began with, and the hash of its files below."""
+    start_digest: str | None
+    real_digest: dict[str, str]
+    """{"real": hash} where the run's real data could be hashed."""
+    held_out: list[str] | None
+    """Prompts of evaluations; None where they were not told."""
     given: list[str]
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -93,6 +100,10 @@ def asked_for(run: Path) -> Asked:
             sizes=[str(size) for size in origin["sizes"]],
             prompts=None if origin["prompts"] is None else str(origin["prompts"]),
             fingerprint={"count": prompts["count"], "hash": prompts["hash"]},
+            start=None if origin.get("start") is None else str(origin["start"]),
+            start_digest=None if origin.get("start") is None else str(record[DATA]["start"]),
+            real_digest={"real": str(record[DATA]["real"])} if "real" in record[DATA] else {},
+            held_out=None if origin.get("held_out") is None else [str(text) for text in origin["held_out"]],
             given=[str(name) for name in origin["given"]],
             machine=dict(origin["machine"]),
             versions=record["versions"],

@@ -6,8 +6,13 @@ Nothing heavy is imported until a command runs, so that `fewstep --help` answers
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 COMMANDS = {
     "distill": "distil a teacher into a few-step student",
@@ -58,7 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     from fewstep.errors import FewstepError
 
     try:
-        import_module(f"fewstep.commands.{words[0]}").main(words[1:])
+        with _sigterm_raises():
+            import_module(f"fewstep.commands.{words[0]}").main(words[1:])
     except FewstepError as error:
         _fail(str(error))
     except OSError as error:
@@ -66,9 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
             f"found {str(error)[:300]} ({type(error).__name__}), expected files and folders that can be read and "
             "written, fix: check the paths and their permissions"
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("fewstep: stopped; the same command goes on (--resume for a run)", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(143 if isinstance(stopped, _Terminated) else 130) from None
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
@@ -76,6 +82,30 @@ def main(arguments: list[str] | None = None) -> None:
             f"found no memory left ({str(error)[:200]}), expected the run to fit, fix: `fewstep plan` says what fits; "
             "lower --batch or --microbatch, or take --checkpointing; a run goes on with --resume"
         )
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, outside of training and serving, which end in ways of their own."""
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM is `_Terminated`, so that what is half-written is deleted and it is said how to go on.
+
+    Not in torchrun's processes: one that waits for a message would not end of it, as it does of the signal itself.
+    """
+
+    def terminated(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _out_of_memory(error: BaseException) -> bool:

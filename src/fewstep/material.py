@@ -14,7 +14,7 @@ from fewstep.data.film_paths import SIDE
 from fewstep.data.films import film_training_captions
 from fewstep.data.pairs import StateSampler, TeacherTrajectories
 from fewstep.data.prompts import PromptData, training_captions
-from fewstep.data.real import RealFilms, RealScenes
+from fewstep.data.real import RealFilms, RealImages, RealScenes
 from fewstep.data.sources import FILMS, Prompts, read_prompts
 from fewstep.embedded.names import EMOJI, name_of
 from fewstep.errors import FewstepError
@@ -54,6 +54,14 @@ def training_prompts(backbone: Backbone, prompts: Sequence[str] | str | Path | N
         f"found no prompts for the teacher {backbone.source}, expected texts of the kind it was trained on, "
         "fix: pass a prompts file (one prompt a line) with --prompts, or prompts=[...]"
     )
+
+
+def encoded_by_run(real: RealData | None, backbone: Backbone) -> RealData | None:
+    """`real`; images encoded by the run's own `backbone`, whichever teacher object they were made with.
+
+    Else their texts would be encoded by text encoders of a second teacher, past the run's cache of prompts.
+    """
+    return real.encoded_by(backbone) if isinstance(real, RealImages) else real
 
 
 def prompt_data(backbone: Backbone, texts: Sequence[str], seed: int) -> PromptData:

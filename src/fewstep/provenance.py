@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fewstep.data.real import RealImages
 from fewstep.embedded.names import name_of
 from fewstep.methods.base import Options
 from fewstep.models.card import papers
@@ -31,6 +32,10 @@ def recorded(
     prompts: str | None,
     sizes: Sequence[str],
     given: Sequence[str],
+    *,
+    start: str | Path | None = None,
+    held_out: Sequence[str] | None = None,
+    real: object = None,
     **parts: Any,
 ) -> AbstractContextManager[None]:
     """Runs that begin within tell in run.json where they come from.
@@ -41,6 +46,9 @@ def recorded(
         prompts: PATH or PATH:COLUMN, or `OWN`; None where they were passed as texts.
         sizes: as `distill` is told.
         given: names of what was passed in Python and no file holds, such as real data.
+        start: the student that this one begins with, whose files are hashed as well.
+        held_out: prompts of evaluations, where they are not the first ones of all.
+        real: clean data that were passed in Python; of `RealImages` a hash is kept.
         parts: dataclasses of options by name.
     """
     backbone = teacher.backbone
@@ -59,22 +67,38 @@ def recorded(
             **{part: _plain(asdict(value)) for part, value in parts.items()},
             "prompts": prompts,
             "sizes": list(sizes),
+            "start": None if start is None else _absolute(str(start)),
+            "held_out": None if held_out is None else list(held_out),
             "given": list(given),
             "machine": machine(backbone.device),
         }
 
+    def data() -> dict[str, str]:
+        of_start = {} if start is None else {"start": digest(start)}
+        return {"teacher": teacher_digest(teacher), **of_start, **real_digest(real)}
+
     return noted(
         origin=origin,
-        data=lambda: {"teacher": teacher_digest(teacher)},
+        data=data,
         papers=lambda: papers(options.build().paper),
     )
 
 
 def teacher_digest(teacher: Teacher) -> str:
-    """A hash of all files of the teacher's pipeline folder, names and bytes; reads every weight once."""
+    """The `digest` of the teacher's pipeline folder."""
+    return digest(teacher.backbone.folder or teacher.backbone.source)
+
+
+def real_digest(real: object) -> dict[str, str]:
+    """{"real": hash} of real data that can be hashed; else nothing."""
+    return {"real": real.digest()} if isinstance(real, RealImages) else {}
+
+
+def digest(folder: str | Path) -> str:
+    """A hash of all files of a folder of weights, names and bytes; reads every weight once."""
     from fewstep.evaluation.samples import fingerprint
 
-    return fingerprint(teacher.backbone.folder or teacher.backbone.source)
+    return fingerprint(folder)
 
 
 def _name(dtype: torch.dtype) -> str:

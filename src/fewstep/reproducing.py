@@ -20,10 +20,11 @@ from fewstep.data.sources import read_prompts
 from fewstep.errors import FewstepError
 from fewstep.material import fingerprint
 from fewstep.methods.matching_options import MatchingOptions
+from fewstep.methods.reward_forcing import Reward
 from fewstep.models.router import Router, part_folder
 from fewstep.models.student import ROUTER
 from fewstep.models.teacher import Teacher
-from fewstep.provenance import OWN, teacher_digest
+from fewstep.provenance import OWN, digest, real_digest, teacher_digest
 from fewstep.several import distill_part
 from fewstep.training import checkpoint
 from fewstep.training.folder import describe, differing, machine
@@ -68,6 +69,7 @@ def reproduce(
     prompts: Sequence[str] | str | Path | None = None,
     real: RealData | None = None,
     pairs: PairData | None = None,
+    reward: Reward | None = None,
     hooks: Hooks | None = None,
 ) -> Reproduction:
     """Make a finished run again, with the options and data that its run.json names, and compare.
@@ -81,11 +83,12 @@ def reproduce(
         prompts: as for `distill`, where they were passed in Python or lie elsewhere now; they have to be the same.
         real: clean data, where they were passed in Python.
         pairs: likewise.
+        reward: likewise.
         hooks: likewise; without them the log lacks their numbers, and they are not compared.
 
     Raises:
-        FewstepError: a run that is not finished, that does not tell where it comes from, or whose teacher or prompts
-            are others by now; all before any work.
+        FewstepError: a run that is not finished, that does not tell where it comes from, or whose teacher, prompts or
+            first student are others by now; all before any work.
     """
     run = Path(run)
     out = Path(f"{run}-again" if out is None else out)
@@ -97,7 +100,8 @@ def reproduce(
     if not calls:
         raise FewstepError(f"found no part-<k> in {run}, expected those of MSD, fix: train them (fewstep msd)")
     for _, asked in calls:
-        _require_given(asked, real=real, pairs=pairs, hooks=hooks)
+        _require_given(asked, real=real, pairs=pairs, reward=reward, hooks=hooks)
+        _require_data(asked, real)
     ready = [(folder, asked, _teacher(asked), _prompts(asked, prompts)) for folder, asked in calls]
     compared, differences, surroundings = [], [], []
     for folder, asked, teacher, texts in ready:
@@ -108,9 +112,9 @@ def reproduce(
             surroundings += differing(asked.machine, machine(teacher.backbone.device))
             if asked.part is None:
                 distill(
-                    teacher, asked.options, out=out, prompts=texts, real=real, pairs=pairs, roles=asked.roles,
-                    train_options=asked.train[asked.turns[0]], text=asked.text, sizes=asked.sizes, hooks=hooks,
-                    resume=True,
+                    teacher, asked.options, out=out, prompts=texts, real=real, pairs=pairs, reward=reward,
+                    start=asked.start, roles=asked.roles, train_options=asked.train[asked.turns[0]], text=asked.text,
+                    sizes=asked.sizes, held_out=asked.held_out, hooks=hooks, resume=True,
                 )  # fmt: skip
             else:
                 _again(asked, folder.parent, teacher, texts, real, out)
@@ -139,9 +143,23 @@ def _require_given(asked: Asked, **passed: object) -> None:
             f"found a run with {' and '.join(missing)} passed in Python, which no file holds, expected the same again, "
             f"fix: {again}"
         )
-    odd = [name for name in ("pairs", "hooks") if passed[name] is not None and asked.part is not None]
+    odd = [name for name in ("pairs", "reward", "hooks") if passed[name] is not None and asked.part is not None]
     if odd:
         raise FewstepError(f"found {odd[0]} for a part of MSD, expected none, as it takes none, fix: leave them out")
+
+
+def _require_data(asked: Asked, real: RealData | None) -> None:
+    """Refuses other real data, and where the student that the run began with is not there, or another."""
+    if asked.real_digest and asked.real_digest != real_digest(real):
+        raise FewstepError(
+            "found other real data than the run was made with, expected the same images, texts and seed, fix: pass "
+            "fewstep.reproduce(..., real=...) the RealImages of the call that made it"
+        )
+    if asked.start is not None and digest(asked.start) != asked.start_digest:
+        raise FewstepError(
+            f"found other files in {asked.start} than those of the student that the run began with, expected the same, "
+            "fix: restore that folder"
+        )
 
 
 def _again(

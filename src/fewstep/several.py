@@ -29,6 +29,7 @@ from fewstep.errors import FewstepError
 from fewstep.live import usual_hooks
 from fewstep.material import (
     at_first_size,
+    encoded_by_run,
     fingerprint,
     own_data,
     prompt_data,
@@ -91,6 +92,7 @@ def distill_phases(
     switches = switch_times(options.time_grid(options.steps), options.ends)
     needs = options.build().needs
     listed = size_list(backbone, sizes, needs, train_options.seed)
+    real = encoded_by_run(real, backbone)
     if needs.real_data and real is None:
         real = own_data(backbone, texts, "phased", train_options.seed)
 
@@ -214,8 +216,10 @@ def distill_part(
     home, first = part_folder(out, part - 1), settings[stages[0].name]
     asked = Part(part, router.parts, gan_weight, tsm, depth, width, fingerprint(texts))
     read_from = OWN if prompts is None else texts.source if isinstance(texts, Prompts) else None
+    real = encoded_by_run(real, backbone)
     given = [] if real is None else ["real"]
-    origin = recorded(loaded, dm, read_from, [], given, roles=roles, text=text or TextOptions(), part=asked)
+    told: dict[str, Any] = {"roles": roles, "text": text or TextOptions(), "part": asked}
+    origin = recorded(loaded, dm, read_from, [], given, real=real, **told)
     if real is None and any(stage.options.build().needs.real_data for stage in stages):
         if not isinstance(own_data(backbone, texts, "msd", first.seed), RealScenes):
             raise FewstepError(

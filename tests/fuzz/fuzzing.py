@@ -16,7 +16,7 @@ from fewstep.cli import main
 from fewstep.errors import FewstepError
 
 CASES = {
-    "command lines": 300,
+    "command lines": 400,
     "requests": 150,
     "video requests": 120,
     "streams": 60,

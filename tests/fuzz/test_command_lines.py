@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
 import shutil
+import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,14 +23,38 @@ import fewstep
 from fewstep import api
 from fewstep.api import RoleOptions
 from fewstep.attention.sparse import SparseOptions
-from fewstep.commands import cache, distill, evaluate, export, msd, plan, reproduce, sample, stream
+from fewstep.cli import COMMANDS
+from fewstep.commands import (
+    cache,
+    check,
+    demo,
+    distill,
+    evaluate,
+    export,
+    film_teacher,
+    msd,
+    plan,
+    reproduce,
+    sample,
+    serve,
+    stream,
+    studio,
+    teacher,
+)  # fmt: skip
 from fewstep.conditions import Encoding, TextOptions
-from fewstep.embedded.build import TEACHER_FOLDER, shipped
+from fewstep.embedded.build import TEACHER_FOLDER, BuildOptions, shipped
+from fewstep.embedded.film_build import FilmBuildOptions
+from fewstep.embedded.film_teacher import FilmOptions
+from fewstep.embedded.teacher import TeacherOptions
 from fewstep.methods import METHODS, preset
 from fewstep.models.loading import load_backbone
+from fewstep.serving.limits import Limits
 from fewstep.training.options import TrainOptions
 
-TRAINING = (distill.RunOptions, distill.SizeOptions, TextOptions, RoleOptions, SparseOptions, TrainOptions)
+TRAINING = (
+    distill.RunOptions, distill.SingleOptions, distill.SizeOptions, TextOptions, RoleOptions, SparseOptions,
+    TrainOptions,
+)  # fmt: skip
 OPTIONS: dict[str, tuple[type, ...]] = {
     "distill": TRAINING,
     "msd": (distill.RunOptions, TextOptions, RoleOptions, SparseOptions, TrainOptions, msd.PartOptions),
@@ -38,12 +65,28 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "evaluate": (evaluate.Evaluate,),
     "export": (export.Export,),
     "reproduce": (reproduce.Reproduce,),
+    "serve": (serve.Serve, Limits),
+    "studio": (studio.Studio,),
+    "check": (check.Check,),
+    "demo": (demo.Demo,),
     "compare": (),
     "methods": (),
     "backbones": (),
     "teacher": (),
     "league": (),
 }
+ACTIONS: dict[str, tuple[type, ...]] = {
+    "train": (teacher.Train, TeacherOptions, BuildOptions),
+    "reference": (teacher.Reference,),
+    "table": (teacher.Table,),
+    "card": (teacher.Card,),
+    "train-video": (film_teacher.TrainVideo, FilmOptions, FilmBuildOptions),
+    "table-video": (film_teacher.TableVideo,),
+    "card-video": (film_teacher.CardVideo,),
+}
+"""Of `fewstep teacher`, but for the one that asks npm."""
+ASKS_THE_NETWORK = {"host", "public_url"}
+"""Options whose values are looked up by name."""
 PATHS = ["teacher", "run", "run/student", "run/lora", "prompts.txt", "prompts.txt:text", "out", "prompts.txt/out"]
 JUNK = [
     *PATHS, *PATHS, "", "0", "-1", "1", "2", "3", "0.5", "nan", "inf", "-inf", "1e309", "9" * 30, "-" + "9" * 30,
@@ -54,6 +97,10 @@ STOPPED = (
     "fewstep.api.train", "fewstep.several.train_in_turn", "fewstep.reproducing.distill",
     "fewstep.commands.evaluate.study", "fewstep.commands.compare.compare", "fewstep.commands.plan.plan",
     "fewstep.commands.cache.cache_prompts", "fewstep.commands.plan.blueprint", "fewstep.league.cells.play",
+    "fewstep.serving.server.run", "fewstep.studio.app.build_app", "fewstep.evaluation.known_answers.run_known_answers",
+    "fewstep.commands.demo._distill", "fewstep.commands.teacher.build_teacher",
+    "fewstep.commands.teacher.sample_reference", "fewstep.commands.teacher.evaluate_scenes",
+    "fewstep.commands.film_teacher.build_film_teacher", "fewstep.commands.film_teacher.rendered_scores",
 )  # fmt: skip
 """Work that sound command lines would do."""
 
@@ -130,9 +177,15 @@ def sound(kind: type, name: str) -> st.SearchStrategy[list[str]]:
 @st.composite
 def lines(draw: Any) -> list[str]:
     """A command, perhaps of a method, with options of its own or of nobody's, and values sound and not."""
-    name = draw(st.sampled_from([*OPTIONS, "distill", "distill", "sample", "msd", "nonsense"]))
+    name = draw(st.sampled_from([*OPTIONS, "distill", "distill", "sample", "msd", "teacher", "nonsense"]))
     words = [name]
     kinds: tuple[type, ...] = OPTIONS.get(name, ())
+    if name == "teacher":
+        words.append(draw(st.sampled_from([*ACTIONS, "nonsense"])))
+        kinds = ACTIONS.get(words[-1], ())
+    if name == "serve" or (name == "teacher" and "card" in words[-1]):
+        path = draw(st.sampled_from(PATHS))
+        words += ["--student", path] if name == "serve" else ["--folder", "teacher", "--table", path]
     if name in ("distill", "msd", "plan") and draw(st.booleans()):
         method = draw(st.sampled_from([*METHODS, "nonsense"]))
         words.append(method)
@@ -142,7 +195,12 @@ def lines(draw: Any) -> list[str]:
         whose = "--student" if name in ("sample", "stream", "evaluate") else "--teacher"
         words += [whose, draw(st.sampled_from(PATHS))]
         words += [] if name in ("sample", "stream") else ["--prompts", "prompts.txt"]
-    known = [(kind, entry.name) for kind in kinds for entry in fields(kind) if entry.name != "sparse"]
+    named = [(kind, entry) for kind in kinds for entry in fields(kind) if entry.name not in ASKS_THE_NETWORK]
+    known = [
+        (kind, entry.name)
+        for kind, entry in named
+        if not any(map(is_dataclass, (entry.default, entry.default_factory)))
+    ]
     for _ in range(draw(st.integers(0, 3))):
         if known and draw(st.integers(0, 9)) < 7:
             words += draw(st.sampled_from(known).flatmap(lambda option: sound(*option)))
@@ -173,7 +231,6 @@ def test_command_lines(place: Path) -> None:
 
 
 def test_requests_for_pictures(place: Path) -> None:
-    """Videos have no requests of their own yet."""
     models = [fewstep.load_teacher(place / "teacher"), fewstep.load_student(place / "run" / "student")]
     models[0].steps = 2  # type: ignore[union-attr]
     numbers = st.integers(-2, 4) | st.sampled_from([1001, 2**63, 2**64, -(2**63) - 1, 10**30])
@@ -204,6 +261,46 @@ def test_requests_for_pictures(place: Path) -> None:
         outcome(use)
 
     fuzz()
+
+
+def test_the_fuzzer_knows_every_command() -> None:
+    assert OPTIONS.keys() == COMMANDS.keys()
+
+
+def test_every_option_of_a_command_is_read_by_it() -> None:
+    """By its module, those of its own; what is handed on as a whole has tests in `tests/test_every_option.py`."""
+    whole = {distill.SizeOptions: "asdict(args.size)"}
+    unread = []
+    for name, kinds in [*OPTIONS.items(), *[("teacher", kinds) for kinds in ACTIONS.values()]]:
+        for kind in (kind for kind in kinds if kind.__module__.startswith("fewstep.commands.")):
+            modules = {f"fewstep.commands.{name}", kind.__module__ if name != "msd" else "fewstep.commands.msd"}
+            source = inspect.getsource(kind) + "".join(inspect.getsource(sys.modules[one]) for one in modules)
+            if kind not in whole or whole[kind] not in source:
+                unread += [
+                    (name, option)
+                    for option in kind.__annotations__
+                    if not re.search(rf"\w\.{option}\b|\"{option}\"", source)
+                ]
+    assert unread == []
+
+
+def test_an_address_that_is_no_name_is_refused(place: Path) -> None:
+    for host in ("a" * 300, "\udcff", "a..b"):
+        assert command(["serve", "--student", "run/student", "--host", host]) == 2
+
+
+def test_a_card_of_what_is_no_table_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text("{}")
+    for content in ("", "{}", "[1, 2]", '{"a": 3}', "[" * 100_000):
+        (tmp_path / "table.json").write_text(content)
+        for action in ("card", "card-video"):
+            words = ["teacher", action, "--folder", str(tmp_path), "--table", str(tmp_path / "table.json")]
+            assert command(words) == 2, (action, content[:9])
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_demo_refuses_what_it_could_not_score_before_it_trains() -> None:
+    assert command(["demo", "--scores", "3"]) == command(["demo", "--processes", "-1"]) == 2
 
 
 def test_there_are_two_thousand_cases() -> None:

@@ -243,6 +243,21 @@ def test_hooks_see_the_average_and_leave_no_trace(tmp_path: Path) -> None:
     assert evaluated == {3: 1.5, 6: 3.0}
 
 
+def test_the_log_and_sample_grids_of_a_long_run_stay_bounded_also_across_a_resume(tmp_path: Path) -> None:
+    drawn: list[int] = []
+    hooks = Hooks(sample=drawn.append)
+    more: dict[str, Any] = {"log_every": 1, "log_most": 3, "sample_every": 2, "sample_most": 2, "tensorboard": True}
+    for iterations, resume in ((5, False), (24, True)):
+        result = toy.run(
+            tmp_path, hooks=hooks, iterations=iterations, schedule="constant", warmup=0, resume=resume, **more
+        )
+    lines = [record["iteration"] for record in read_log(result.log)]
+    assert lines == [1, 2, 3, 4, 5, 6, 8, 12, 16, 24]  # 5 was the end
+    assert drawn == [2, 4, 5, 8, 16, 24]
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert events.count(b"loss/student") == len(lines)
+
+
 def test_a_frequency_without_a_hook_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FewstepError, match=r"sample_every = 2 .*fix: pass Hooks\(sample=...\)"):
         toy.run(tmp_path, sample_every=2)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fewstep.evaluation import faulty_runs, page
-from fewstep.evaluation.faulty_runs import FAULTS, SOUND, Fault
-from fewstep.methods.base import agreement_metrics, guidance_metrics
+from fewstep.evaluation.faulty_runs import FAULT_AT, FAULTS, SOUND, Fault
+from fewstep.methods.base import Loss, agreement_metrics, guidance_metrics
 from fewstep.training.log import Log, read_alarms, read_log
 from fewstep.training.monitors.conditions import CONDITIONS
 from fewstep.training.monitors.null import null_numbers
@@ -33,6 +33,17 @@ def test_a_fault_is_named_in_time_and_not_before(fault: Fault, tmp_path: Path) -
 @pytest.mark.parametrize("method", SOUND)
 def test_a_sound_run_is_told_nothing(method: str, tmp_path: Path) -> None:
     assert faulty_runs.run(faulty_runs.sound(method, 40), tmp_path) == []
+
+
+def test_a_critic_that_learns_the_wrong_way_is_far_apart_from_the_teacher(tmp_path: Path) -> None:
+    def reverse(role: str, number: int, loss: Loss) -> Loss:
+        return replace(loss, values=-loss.values) if role == "critic" and number >= FAULT_AT else loss
+
+    fault = Fault("sign of the critic's loss reversed", "apart", 40, begins=FAULT_AT, bend=reverse)
+    alarms = faulty_runs.run(fault, tmp_path, on_alarm="warn")
+    told = {alarm["name"]: alarm["iteration"] for alarm in reversed(alarms)}
+    assert FAULT_AT + 10 <= told["apart"] < told["critic-lag"]
+    assert min(told.values()) >= FAULT_AT
 
 
 def _looked(numbers: dict[str, float], times: int, start: int = 1) -> list[Alarm]:

@@ -57,6 +57,14 @@ def test_something_is_due_at_its_multiples_and_at_the_end() -> None:
     assert [i for i in range(1, 11) if options.due(0, i)] == [10]
 
 
+def test_what_happens_often_becomes_rarer_so_that_its_number_stays_bounded() -> None:
+    options = TrainOptions(iterations=10**6, warmup=0)
+    assert [i for i in range(1, 50) if options.due(1, i, 4)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
+    assert [i for i in range(1, 100) if options.due(5, i, 4)] == [5, 10, 15, 20, 30, 40, 60, 80]
+    assert sum(options.due(1, i, 100) for i in range(1, 100 * 2**10 + 1)) == 100 + 10 * 50
+    assert [i for i in range(1, 10) if options.due(0, i, 4)] == []
+
+
 def test_iterations_decide_the_result_only_under_a_schedule_that_knows_the_end() -> None:
     assert "iterations" not in TrainOptions(schedule="constant").deciding()
     assert "iterations" in TrainOptions(schedule="cosine").deciding()

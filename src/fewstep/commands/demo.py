@@ -18,6 +18,7 @@ from fewstep.api import EMOJI, STUDENT_FOLDER, load_student, load_teacher
 from fewstep.commands.common import choose_device, parse
 from fewstep.errors import FewstepError
 from fewstep.evaluation.compare import Entry, compare, default_prompts
+from fewstep.evaluation.run import reference_features
 from fewstep.evaluation.scenes import evaluation_captions
 from fewstep.evaluation.study import StudyOptions, Subject
 
@@ -44,6 +45,7 @@ class Demo:
 def main(arguments: list[str]) -> None:
     """Distil, compare, print where everything is."""
     args = parse(Demo, "demo", arguments)
+    _validate(args)
     start = time.monotonic()
     device = choose_device(args.device)
     processes = args.processes or (1 if device.type == "cuda" else min(2, os.cpu_count() or 1))
@@ -77,6 +79,15 @@ def main(arguments: list[str]) -> None:
     minutes = (time.monotonic() - start) / 60
     print(f"\ndone in {minutes:.1f} minutes")
     print(f"student  {args.out / STUDENT_FOLDER}\npicture  {picture}\npage     {page}")
+
+
+def _validate(args: Demo) -> None:
+    """Refuses what would be found out only when the student is trained."""
+    most = len(reference_features())
+    if args.scores and not 16 <= args.scores <= most:
+        raise FewstepError(f"found scores = {args.scores}, expected 0, or 16 to {most}, fix: change --scores")
+    if args.processes < 0:
+        raise FewstepError(f"found processes = {args.processes}, expected 0 or more, fix: change --processes")
 
 
 def _distill(args: Demo, processes: int, device: torch.device) -> None:

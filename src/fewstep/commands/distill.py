@@ -32,12 +32,6 @@ class RunOptions:
     prompts: str | None = None
     """PATH or PATH:COLUMN of a text, .jsonl, .csv, .parquet or .tar file, or of a folder of them (docs/prompts.md). The
     embedded teacher has captions of its own; `films` are those of the embedded films, with their tracks and drives."""
-    start: Path | None = None
-    """Folder of a student whose weights this one begins with, such as that of `causal-init` for `self-forcing`; for
-    roles `copies` or `mixed`."""
-    held_out: str | None = None
-    """Prompts as --prompts, for evaluations: of 16 of them the student's samples are compared with the teacher's. The
-    first ones of --prompts unless told."""
     resume: bool = False
     """Continue the run in --out from its newest complete checkpoint."""
     device: str = "auto"
@@ -52,6 +46,18 @@ class RunOptions:
         if self.base_dtype in PACKAGES:
             return {"dtype": torch.bfloat16, "quantised": self.base_dtype}
         return {"dtype": getattr(torch, self.base_dtype)}
+
+
+@dataclass(kw_only=True)
+class SingleOptions:
+    """What a run of one student takes beside."""
+
+    start: Path | None = None
+    """Folder of a student whose weights this one begins with, such as that of `causal-init` for `self-forcing`; for
+    roles `copies` or `mixed`."""
+    held_out: str | None = None
+    """Prompts as --prompts, for evaluations: of 16 of them the student's samples are compared with the teacher's. The
+    first ones of --prompts unless told."""
 
 
 @dataclass(kw_only=True)
@@ -77,6 +83,7 @@ def main(arguments: list[str]) -> None:
 
     parts: dict[str, Any] = {
         "run": RunOptions(),
+        "single": SingleOptions(),
         "size": SizeOptions(),
         "text": TextOptions(),
         "roles": roles,
@@ -101,12 +108,12 @@ def main(arguments: list[str]) -> None:
             args.method,
             out=run.out,
             prompts=prompts,
-            start=run.start,
+            start=args.single.start,
             roles=args.roles,
             train_options=args.train,
             text=args.text,
             sizes=sizes,
-            held_out=run.held_out,
+            held_out=args.single.held_out,
             resume=run.resume,
         )
     if os.environ.get("RANK", "0") == "0":

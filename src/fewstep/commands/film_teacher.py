@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import torch
 
 from fewstep.commands.common import choose_device, parse
+from fewstep.core.files import load_json
 from fewstep.embedded.film_build import FILM_FOLDER, FilmBuildOptions, build_film_teacher
 from fewstep.embedded.film_card import write_film_card
 from fewstep.embedded.film_teacher import FilmOptions
+from fewstep.errors import FewstepError
 from fewstep.evaluation.film_run import evaluate_films, film_line, film_record, rendered_scores
 
 
@@ -95,9 +99,22 @@ def _table(arguments: list[str]) -> None:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+@contextmanager
+def measured(folder: Path, table: Path) -> Iterator[None]:
+    """FewstepError in the place of what JSON of another shape raises within, where a card is written."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        raise FewstepError(
+            f"found {table}, or training.json in {folder}, that cannot be made into a card ({type(error).__name__}: "
+            f"{str(error)[:200]}), expected what `fewstep teacher` writes as it trains and measures, fix: measure again"
+        ) from error
+
+
 def _card(arguments: list[str]) -> None:
     args = parse(CardVideo, "teacher card-video", arguments)
-    print(write_film_card(args.folder, json.loads(args.table.read_text())))
+    with measured(args.folder, args.table):
+        print(write_film_card(args.folder, load_json(args.table)))
 
 
 FILM_ACTIONS = {"train-video": _train, "table-video": _table, "card-video": _card}

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.common import choose_device, parse
-from fewstep.commands.film_teacher import FILM_ACTIONS
-from fewstep.core.files import read_weights
+from fewstep.commands.film_teacher import FILM_ACTIONS, measured
+from fewstep.core.files import load_json, read_weights
 from fewstep.data.build_sprites import build_sprites
 from fewstep.embedded.build import JUDGE_FILE, REFERENCE_FILE, BuildOptions, build_teacher, shipped
 from fewstep.embedded.card import write_card
@@ -162,8 +162,9 @@ def _table(arguments: list[str]) -> None:
 
 def _card(arguments: list[str]) -> None:
     args = parse(Card, "teacher card", arguments)
-    judge = json.loads((args.judge or shipped("emoji-judge.json")).read_text())["held-out accuracy"]
-    print(write_card(args.folder, json.loads(args.table.read_text()), judge))
+    with measured(args.folder, args.table):
+        judge = load_json(args.judge or shipped("emoji-judge.json"))["held-out accuracy"]
+        print(write_card(args.folder, load_json(args.table), judge))
 
 
 def _sprites(arguments: list[str]) -> None:

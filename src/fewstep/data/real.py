@@ -6,7 +6,9 @@ Images are encoded by the teacher's own autoencoder when they are needed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from typing import Protocol
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.core.files import fingerprint
 from fewstep.core.tensors import Condition
 from fewstep.data.films import FRAMES, draw_films
 from fewstep.data.prompts import shuffled
@@ -96,6 +99,19 @@ class RealImages:
         if images.dtype != torch.uint8 and not bool((images.abs() <= 1).all()):
             raise FewstepError("found images beyond [-1, 1], expected uint8, or floats in [-1, 1], fix: rescale them")
         self._backbone, self._images, self.texts, self._seed = backbone, images, list(texts), seed
+
+    def encoded_by(self, backbone: Encoder) -> RealImages:
+        """The same data encoded by another `backbone`."""
+        other = copy(self)
+        other._backbone = backbone
+        return other
+
+    def digest(self) -> str:
+        """A hash of images, texts and seed, which run.json keeps; reads every image once (about a second a GB)."""
+        hashed = fingerprint(json.dumps([str(self._images.dtype), self._images.shape, self.texts, self._seed]).encode())
+        for image in self._images:
+            hashed.update(memoryview(image.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        return str(hashed.hexdigest())
 
     def __call__(self, iteration: int, samples: Tensor) -> tuple[Tensor, Condition]:
         """Latents (B, ...) and conditions of global sample numbers (B,)."""

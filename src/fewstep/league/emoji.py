@@ -110,6 +110,7 @@ class EmojiLeague:
             warmup=min(10, iterations),
             precision=self.precision,
             log_every=1,
+            log_most=0,  # see `spent`
             checkpoint_every=max(1, iterations // 5),
             keep=1,
             tensorboard=False,

@@ -62,11 +62,16 @@ def bind(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (
+        OSError,
+        OverflowError,
+        UnicodeError,
+        TypeError,
+    ) as error:  # a name that cannot be encoded is one of the last
         bound.close()
         raise FewstepError(
-            f"found {host}:{port}, which cannot be listened to ({error}), expected a free address of this machine, "
-            "fix: choose another --port or --host"
+            f"found {host!r}, port {port}, which cannot be listened to ({error}), expected a free address of this "
+            "machine, fix: choose another --port or --host"
         ) from error
     return bound
 

@@ -224,7 +224,7 @@ def train(
                     alarms = guard.look(iteration, updates, numbers | (null if iteration == 1 else {}))
 
             record: dict[str, float] = {}
-            if options.due(options.log_every, iteration):
+            if options.due(options.log_every, iteration, options.log_most):
                 record |= numbers | guard.shown(numbers) | meter.take()
             if log is not None or sharded:
                 evaluated = _call_hooks(hooks, state, options, iteration)
@@ -310,7 +310,7 @@ def _numbers(
 @torch.no_grad()
 def _call_hooks(hooks: Hooks, state: State, options: TrainOptions, iteration: int) -> dict[str, float]:
     """Samples and evaluates where it is time to, by the averaged student; returns the evaluation's numbers."""
-    sample = hooks.sample if options.due(options.sample_every, iteration) else None
+    sample = hooks.sample if options.due(options.sample_every, iteration, options.sample_most) else None
     evaluate = hooks.evaluate if options.due(options.evaluate_every, iteration) else None
     if sample is None and evaluate is None:
         return {}

@@ -15,7 +15,7 @@ from fewstep.unread import refuse_unread
 FREE_ON_RESUME = frozenset(
     {
         *("microbatch", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard"),
-        *("tracker", "on_alarm", "patience"),
+        *("tracker", "on_alarm", "patience", "log_most", "sample_most"),
     }
 )
 
@@ -67,8 +67,14 @@ class TrainOptions:
     """Arithmetic inside the networks; losses, optimisers and averages stay fp32. On most CPUs bf16 is far slower."""
     log_every: int = 10
     """Iterations between lines of `log.jsonl`; here and below there is one at the last iteration, for 0 only there."""
+    log_most: int = 10_000
+    """Lines of the log, TensorBoard's and trackers' too, before they become rarer: after so many they come half as
+    often, and half as often again whenever the run has doubled, so that no run fills a disk. 0: never. Evaluations and
+    alarms are always told."""
     sample_every: int = 0
     """Iterations between sample grids; above 0 it needs a sample hook."""
+    sample_most: int = 100
+    """Sample grids (one for each number of steps) before they become rarer, as lines of the log do. 0: never."""
     evaluate_every: int = 0
     """Iterations between evaluations; above 0 it needs an evaluate hook."""
     checkpoint_every: int = 100
@@ -92,9 +98,10 @@ class TrainOptions:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         never_negative = ("microbatch", "seed", "warmup", "student_rate", "critic_rate", "weight_decay", "student_clip")
         every = ("critic_clip", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "patience")
-        for name in never_negative + every:
+        most = ("log_most", "sample_most")
+        for name in never_negative + every + most:
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
-        for name in ("iterations", "warmup", "keep", *every[1:]):
+        for name in ("iterations", "warmup", "keep", *every[1:], *most):
             self._require(name, getattr(self, name) < _MOST, f"below {_MOST}")
         for name in ("batch", "microbatch"):
             self._require(name, getattr(self, name) <= _LARGEST_BATCH, f"at most {_LARGEST_BATCH}")
@@ -112,6 +119,9 @@ class TrainOptions:
         self._require("warmup", self.warmup <= self.iterations, f"at most iterations = {self.iterations}")
         if self.schedule == "constant":
             refuse_unread(self, ["final_rate"], "schedule 'cosine'")
+        for name in ("log", "sample"):
+            if not getattr(self, f"{name}_every"):
+                refuse_unread(self, [f"{name}_most"], f"{name}_every above 0")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -132,8 +142,15 @@ class TrainOptions:
         done = (iteration - self.warmup) / (self.iterations - self.warmup + 1)  # (0, 1)
         return peak * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def due(self, every: int, iteration: int) -> bool:
-        """Whether what happens `every` so many iterations, and at the last one, happens after `iteration`."""
+    def due(self, every: int, iteration: int, most: int = 0) -> bool:
+        """Whether what happens `every` so many iterations, and at the last one, happens after `iteration`.
+
+        Above 0, after `most` times it happens half as often, and half as often again whenever the number of iterations
+        has doubled: `most` / 2 times for each doubling. A function of the iteration alone, so that a resumed run does
+        what an undisturbed one does.
+        """
+        if most > 0 and every > 0:
+            every <<= ((iteration - 1) // (every * most)).bit_length()
         return iteration == self.iterations or (every > 0 and iteration % every == 0)
 
     def deciding(self) -> dict[str, Any]:

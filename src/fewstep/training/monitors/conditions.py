@@ -125,6 +125,22 @@ CONDITIONS: tuple[Condition, ...] = (
         after=20,
     ),
     Condition(
+        "opposed",
+        ("metric/student/real_fake_cosine",),
+        "seen from the student's samples, critic and teacher lie in opposite directions: the critic learns another law "
+        "than the student's (look at its loss, its data and its adapter), or lags: raise critic_updates or critic_rate",
+        low=0,
+        after=10,
+    ),
+    Condition(
+        "apart",
+        ("metric/student/real_fake_gap",),
+        "teacher and critic differ by far more than the samples are from the teacher: lower student_rate and "
+        "critic_rate, or raise critic_updates",
+        high=3,
+        after=10,
+    ),
+    Condition(
         "saturation",
         ("metric/student/contrast",),
         "the student's contrast is beyond the teacher's: lower guidance_scale, or the student's rate",
