@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_families
+import tiny_flows
 import torch
 from tiny_pixart import PROMPTS, perturb
 
 from fewstep.api import RoleOptions, distill, load_teacher
 from fewstep.errors import FewstepError
-from fewstep.models import Backbone, build_roles, load_backbone
+from fewstep.models import Backbone, build_roles, load_backbone, seeded_noise
 from fewstep.models import quantised as module
 from fewstep.models.blocks import repeated_blocks
 from fewstep.models.quantised import PACKAGES, rounded_bytes
@@ -40,6 +42,29 @@ def test_near_the_teacher_and_gradients_reach_adapters_only(backbone, rounded, b
     assert all(parameter.grad.norm() > 0 for parameter in roles.student_parameters()[1::2])
     base = [p for name, p in roles.student_seat.network.named_parameters() if ".student." not in name]
     assert all(parameter.grad is None for parameter in base)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sana", "z_image", "wan"])
+def test_other_families_have_rounded_bases(tmp_path: Path, family: str) -> None:
+    """Levels of a U-Net, linear attention, lists of tokens, videos: near the teacher, with gradients in every layer."""
+    if family in tiny_families.FAMILIES:
+        folder, size = tiny_families.save(family, tmp_path), tiny_families.FAMILIES[family].size
+    else:
+        folder, size = tmp_path / family, {"height": 16, "width": 16}
+        getattr(tiny_flows, family)().save_pretrained(folder)
+    full = load_backbone(folder, size=size)
+    x, t = seeded_noise([1, 2], full.latent_shape), torch.tensor([0.95, 0.3])
+    condition = full.encode(["a frog", "a red apple"])
+    with torch.no_grad():
+        expected = full.call(full.network, x, t, condition)
+    for kind, tolerance in KINDS.items():
+        roles = build_roles(load_backbone(folder, size=size, quantised=kind), rank=2, checkpointing=True)
+        perturb(roles.student_parameters())
+        found = roles.teacher(x, t, condition)
+        assert not torch.equal(found, expected)
+        assert (found - expected).norm() < tolerance * expected.norm()
+        roles.student(x, t, condition).square().mean().backward()
+        assert all(parameter.grad is not None for parameter in roles.student_parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
