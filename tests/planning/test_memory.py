@@ -206,3 +206,8 @@ def test_a_sharded_run_that_distill_refuses_is_not_planned(folders, told: dict, 
         for option, _, changed in _changes(start):
             _validate(changed)
             assert changed.shard or "--shard" not in option
+
+
+def test_an_option_that_distill_would_not_read_is_not_planned() -> None:
+    with pytest.raises(FewstepError, match="found rank = 8, which nothing reads here"):
+        main(["tdm", "--roles", "copies", "--rank", "8"])

@@ -68,6 +68,8 @@ def main(arguments: list[str]) -> None:
     kind.__doc__ = f"Say what distilling a teacher by {method} takes, and what to change if it does not fit."
     args = parse(kind, f"plan {method}", arguments)
     told = args.told
+    args.method.validate()
+    args.roles.validate(args.method.build().needs, roles)
     room = size_in_bytes(told.memory) - size_in_bytes(told.reserve)
     size = asdict(args.size)
     if sizes := size.pop("sizes"):
