@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fewstep.core.prediction import from_denoised
 from fewstep.core.process import DiscreteVP, Flow, Process
 from fewstep.core.renoise import renoise
+from fewstep.core.solvers import ddim
 from fewstep.core.streams import Draw, Streams
 from fewstep.core.tensors import Condition, expand
 from fewstep.errors import FewstepError
@@ -23,6 +24,7 @@ from fewstep.evaluation.known_answers_phased import (
     two_phase_gaussian,
 )
 from fewstep.losses.critic import exact_target
+from fewstep.losses.divergence import DIVERGENCES
 from fewstep.methods.base import LANDING, Batch
 from fewstep.methods.phased import Phased, PhasedOptions, kl_weight, phased, phased_paper
 
@@ -236,6 +238,51 @@ def test_every_call_of_a_phase_jumps_straight_to_its_boundary(process: Process) 
         assert (jumped.t == boundary).all()
         alpha, sigma = process.alpha(jumped.t)[:, None], process.sigma(jumped.t)[:, None]
         torch.testing.assert_close(jumped.x, alpha * jumped.denoised + sigma * jumped.eps_hat)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
+def test_the_path_that_training_walks_is_the_sampler_with_all_experts(process: Process) -> None:
+    """And the last call of each phase lands where sampling goes on: no jump is made but the drawn one."""
+    roles, noise = ExpertRoles(process, [0.625]), draw().normal("noise", (2,), torch.float64)
+    for phase in (1, 2):
+        method = Phased(PhasedOptions(phase=phase))
+        path = method.rollout(batch(), roles, draw())
+        states: list[Tensor] = []
+        ddim(
+            roles.student, noise * process.noise_scale, method.options.time_grid(4), process, {},
+            callback=lambda k, x, denoised, states=states: states.append(x.detach()),
+        )  # fmt: skip
+        for call in range(4):
+            landing = path.landing(torch.full((COUNT,), call))
+            torch.testing.assert_close(landing.x, states[call])
+        last = torch.full((COUNT,), method.options.ends[phase - 1] - 1)
+        torch.testing.assert_close(method._compared(path, path.landing(last), draw()).x, states[int(last[0])])
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_any_divergence_weighs_a_phases_samples_by_the_ratio_at_their_noised_point(name: str) -> None:
+    """By options alone: the reverse KL's loss times a weight of mean 1, which the ratio is asked for at x_tau."""
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def log_ratio(x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
+        asked.append((x, tau))
+        return x.sum(1)
+
+    losses = {}
+    for divergence in ("reverse_kl", name):
+        roles, options = ExpertRoles(Flow(), [0.625]), PhasedOptions(divergence=divergence, normaliser="none")
+        method = Phased(options, log_ratio)
+        losses[divergence] = method.student_loss(method.rollout(batch(), roles, draw()), roles, draw()).values.detach()
+    weight = losses[name] / losses["reverse_kl"]
+    torch.testing.assert_close(weight.mean(), torch.ones((), dtype=torch.float64))
+    if name == "reverse_kl":
+        assert not asked
+        return
+    ((_, x, tau, _),) = roles.made("critic")
+    assert torch.equal(asked[0][0], x)
+    assert torch.equal(asked[0][1], tau)
+    assert float(weight.std()) > 0.01
+    assert Phased(options).needs.discriminator  # without a ratio that is given, a discriminator's
 
 
 @pytest.mark.parametrize(("intervals", "ceilings"), [("nested", (1.0, 1.0)), ("disjoint", (1.0, 0.5))])
