@@ -13,18 +13,20 @@ from torch import Tensor
 
 import fewstep
 from fewstep.api import RoleOptions
+from fewstep.conditions import TextOptions
 from fewstep.core.process import Flow
 from fewstep.data.prompts import training_captions
 from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import LABEL, MixtureTeacher
 from fewstep.evaluation.toy import LinearStudent, PolynomialCritic, distil
-from fewstep.methods import DecoupledOptions
+from fewstep.methods import DecoupledOptions, preset
 from fewstep.methods.msd import msd_stages
 from fewstep.methods.tdm import TDM
 from fewstep.methods.tdm_options import TDMOptions
 from fewstep.methods.tsm import TSMOptions
 from fewstep.models.router import Router, contiguous_split, pooled
 from fewstep.several import ScenesOfPart, distill_part
+from fewstep.training.log import read_log
 from fewstep.training.options import TrainOptions
 
 WORDS = ["a frog", "a red apple", "a 3d pizza", "a blue frog", "a red pizza", "a background", "on a blue apple", "3d"]
@@ -249,6 +251,37 @@ def test_a_part_is_held_at_moments_measured_for_its_own_prompts(
         made[part] = student.card["details"]["method"]["moment_mean"]
         assert not (tmp_path / f"part-{part}" / "dm" / "checkpoints" / "000002" / "critic.safetensors").exists()
     assert made[1] != made[2]
+
+
+@pytest.mark.parametrize("mode", ["cache", "keep"])
+def test_conditions_are_cut_to_the_part_and_pairs_are_not(
+    tiny_teacher: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Card 8.6: what is matched has prompts of the part alone, what is regressed to has all prompts."""
+    import fewstep.training.phases as phases
+
+    asked: dict[str, set[int]] = {}
+    original = phases.train
+    teacher = fewstep.load_teacher(tiny_teacher)
+    teacher.steps = 1
+
+    def watched(method, roles, data, options, out, hooks, **more):
+        def which(condition: dict[str, Tensor]) -> set[int]:
+            known = teacher.backbone.encode(WORDS)["text_states"]
+            far = (condition["text_states"][:, None] - known[None]).flatten(2).abs().amax(2)
+            return set(far.argmin(1).tolist())
+
+        asked["matched"] = which(data(1, torch.arange(32)))
+        asked["regressed"] = which(more["pairs"](1, torch.arange(32))[2])
+        return original(method, roles, data, options, out, hooks, **more)
+
+    monkeypatch.setattr(phases, "train", watched)
+    distill_part(
+        teacher, 2, out=tmp_path, parts=[WORDS[:5], WORDS[5:]], dm=preset("dmd"), train_options=QUICK,  # type: ignore[arg-type]
+        text=TextOptions(text_encoder=mode),  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert asked == {"matched": {5, 6, 7}, "regressed": set(range(8))}
+    assert read_log(tmp_path / "part-2" / "dm" / "log.jsonl")[-1]["metric/student/regression_loss"] > 0
 
 
 def test_the_discriminator_of_a_part_sees_scenes_of_that_part_alone() -> None:
