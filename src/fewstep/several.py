@@ -153,8 +153,8 @@ def distill_part(
 
     When all parts are there, `load_student(out)` is all of them together. Parts know nothing of one another, so they
     may be trained in any order, at once, and on different machines. A regression to the teacher's samples
-    (`regression_weight`) has pairs of the prompts of *all* parts: conditions are cut, pairs are not, else modes are lost
-    (card msd.md, section 2).
+    (`regression_weight`) has pairs of the prompts of *all* parts: conditions are cut, pairs are not, else modes are
+    lost (card msd.md, section 2).
 
     Args:
         teacher: a loaded teacher, or what `load_teacher` takes.

@@ -18,6 +18,7 @@ from fewstep.core.process import Flow
 from fewstep.data.prompts import training_captions
 from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import LABEL, MixtureTeacher
+from fewstep.evaluation.known_answers_msd import affine_error, evenly, imitation
 from fewstep.evaluation.toy import LinearStudent, PolynomialCritic, distil
 from fewstep.methods import DecoupledOptions, preset
 from fewstep.methods.msd import msd_stages
@@ -33,33 +34,27 @@ WORDS = ["a frog", "a red apple", "a 3d pizza", "a blue frog", "a red pizza", "a
 QUICK = TrainOptions(iterations=2, batch=4, warmup=1, log_every=1, tensorboard=False)
 
 
-def affine_error(conditions: Tensor, part: Tensor) -> float:
-    """Mean square error of the best a y + b for y^2, a and b for each part."""
-    error = torch.zeros_like(conditions)
-    for number in part.unique():
-        y = conditions[part == number]
-        features = torch.stack([y, torch.ones_like(y)], 1)
-        fit = torch.linalg.lstsq(features, y.square()[:, None]).solution
-        error[part == number] = y.square() - (features @ fit)[:, 0]
-    return float(error.square().mean())
-
-
 @pytest.mark.parametrize(("parts", "expected"), [(1, 5.556e-3), (2, 3.472e-4), (4, 2.170e-5), (8, 1.356e-6)])
 def test_contiguous_parts_multiply_capacity_by_k_to_the_fourth(parts: int, expected: float) -> None:
-    """Card 8.3: exactly 1 / (180 K^4), in the limit of many conditions."""
-    y = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
-    part = contiguous_split(y[:, None], parts).part(y[:, None])
-    assert affine_error(y, part) == pytest.approx(1 / (180 * parts**4), rel=1e-4)
-    assert 1 / (180 * parts**4) == pytest.approx(expected, rel=1e-3)
+    """Card 8.3's numbers; that the limit is 1 / (180 K^4) is in the known answers."""
+    y = evenly(40_000)
+    assert affine_error(y, contiguous_split(y[:, None], parts).part(y[:, None])) == pytest.approx(expected, rel=1e-3)
 
 
 def test_random_parts_gain_nothing() -> None:
     """Card 8.3: 1000 classes in 4 parts, contiguous 2.170e-5, random 5.53e-3 (one draw of it)."""
-    y = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    y = evenly(1000)
     contiguous = contiguous_split(y[:, None], 4).part(y[:, None])
     assert affine_error(y, contiguous) == pytest.approx(2.170e-5, rel=1e-3)
     random = contiguous[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
     assert affine_error(y, random) == pytest.approx(5.53e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "copies"])
+def test_a_student_that_is_not_trained_fails_the_known_answer_of_imitation(kind: str) -> None:
+    (answer,) = imitation(Flow(), kind, iterations=0)  # type: ignore[arg-type]
+    assert answer.measured > 0.5
+    assert not answer.passed
 
 
 def test_where_there_is_no_limit_of_capacity_parts_gain_nothing() -> None:
