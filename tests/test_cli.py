@@ -215,4 +215,4 @@ def test_ctrl_c_before_or_after_training_ends_with_its_code(
 def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     main(["methods"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("tdm-paper", "tdm-unify", "2503.06674"))
+    assert all(name in printed for name in ("tdm-paper", "tdm-unify", "2503.06674", "fewstep msd METHOD"))

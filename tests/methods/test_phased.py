@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from fewstep.core.prediction import from_denoised
 from fewstep.core.process import DiscreteVP, Flow, Process
 from fewstep.core.renoise import renoise
-from fewstep.core.solvers import ddim
+from fewstep.core.solvers import ddim, land
 from fewstep.core.streams import Draw, Streams
 from fewstep.core.tensors import Condition, expand
 from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import ring
 from fewstep.evaluation.known_answers_phased import (
     divergence_slopes,
+    four_points,
     resting_laws,
     subinterval_critic,
     two_phase_gaussian,
@@ -120,6 +121,44 @@ def test_two_phases_reach_the_data_and_the_second_leaves_the_first_alone() -> No
     """T9."""
     for answer in two_phase_gaussian(Flow()):
         assert answer.passed, f"{answer.name}: {answer.measured:.4g}, expected {answer.limit}"
+
+
+def walked(kind: str, steps: int = 48, top: float = 0.98, floor: float = 0.52) -> Tensor:
+    """T11: where Euler takes 400 starts from near pure noise to just above the boundary 0.5, on the paper's four points.
+
+    The velocity is exact, or the mean of a critic's target (the method's, or the `wrong` eps - x_s) over bins of x_t:
+    what a critic of unlimited capacity would learn.
+    """
+    process, count, generator = Flow(), 40_000, torch.Generator().manual_seed(0)
+    teacher = four_points(process)
+    x = torch.linspace(-2, 2, 400, dtype=torch.float64)[:, None]
+    dt = (top - floor) / steps
+    for step in range(steps):
+        t = top - step * dt
+
+        def at(time: float, rows: int = count) -> Tensor:
+            return torch.full((rows,), time, dtype=torch.float64)
+
+        if kind == "exact":
+            velocity = (x - teacher(x, at(t, len(x)), {})) / t
+        else:
+            first, noise = torch.randn(2, count, 1, generator=generator, dtype=torch.float64)
+            x_s = land(process, teacher.sample(count, generator), first, at(0.5))
+            seen = renoise(process, x_s, at(0.5), at(t), noise)
+            told = noise - x_s if kind == "wrong" else (seen - exact_target(process, seen, at(0.5), at(t), noise)) / t
+            edges = torch.quantile(seen[:, 0], torch.linspace(0, 1, 101, dtype=torch.float64)[1:-1])
+            place = torch.bucketize(seen[:, 0].contiguous(), edges)
+            mean = torch.zeros(100, dtype=torch.float64).index_add(0, place, told[:, 0]) / place.bincount(minlength=100)
+            velocity = mean[torch.bucketize(x[:, 0].contiguous(), edges)][:, None]
+        x = x - dt * velocity
+    return x
+
+
+def test_trajectories_of_an_intervals_critic_are_the_teachers_and_those_of_the_wrong_target_are_not() -> None:
+    """T11: rms distance from the same starts."""
+    right = walked("exact")
+    assert float((walked("ours") - right).square().mean().sqrt()) < 0.02
+    assert float((walked("wrong") - right).square().mean().sqrt()) > 0.08
 
 
 def query(process: Process) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
