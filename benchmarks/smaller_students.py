@@ -18,6 +18,7 @@ from torch import nn
 from fewstep.data.prompts import training_captions
 from fewstep.embedded.autoencoder import build_autoencoder
 from fewstep.embedded.teacher import build_pipeline, build_text_encoder, build_tokenizer, build_transformer
+from fewstep.models.backbone import Backbone
 from fewstep.models.pixart import PixArt
 from fewstep.models.smaller import smaller_network
 
@@ -25,7 +26,7 @@ SHAPES = [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5), (0.5, 0.5), (0.25, 1.0)]
 """Depth and width of the students."""
 
 
-def seconds(backbone: PixArt, network: nn.Module, batch: int, rounds: int) -> float:
+def seconds(backbone: Backbone, network: nn.Module, batch: int, rounds: int) -> float:
     """Of the fastest of `rounds` forwards of `batch` samples, after one that warms up."""
     device, prompts = backbone.device, list(training_captions(batch))[:batch]
     condition = backbone.encode(prompts)

@@ -124,7 +124,7 @@ def test_two_phases_reach_the_data_and_the_second_leaves_the_first_alone() -> No
 
 
 def walked(kind: str, steps: int = 48, top: float = 0.98, floor: float = 0.52) -> Tensor:
-    """T11: where Euler takes 400 starts from near pure noise to just above the boundary 0.5, on the paper's four points.
+    """T11: where Euler takes 400 starts from near pure noise to just above the boundary 0.5, on four points.
 
     The velocity is exact, or the mean of a critic's target (the method's, or the `wrong` eps - x_s) over bins of x_t:
     what a critic of unlimited capacity would learn.

@@ -10,10 +10,8 @@ Needs a critic, a teacher whose gradient with respect to its input is defined, a
 At K = 4 with LSG it costs 9.5 expected network forwards per sample and iteration, and, unlike TDM, a backward pass
 through teacher and critic.
 
-The adversarial term differs from theirs: their discriminator is the critic's pooled features themselves, ours has heads
-on them (`models.discriminator`), as for DMD2; logits are not clipped; it acts from the first iteration, where SiD-DiT
-lets the critic learn for 20k samples alone and adds the term after 40k. Statistics of single calls are logged where all
-samples have one step count.
+The adversarial term differs from theirs: heads on the critic's features (`models.discriminator`) for their mere pooling,
+logits unclipped, and from the first iteration (SiD-DiT: after 40k samples). Calls are logged apart for one step count.
 
 Signs of failure: the loss is no measure of progress (near 0 for alpha = 1), watch `fisher`; the mixture may have the
 right law while single calls do not, watch `call_k_denoised_mean` and `call_k_denoised_std`, which should agree over k.
