@@ -224,4 +224,4 @@ def test_ctrl_c_and_sigterm_before_or_after_training_end_with_their_codes(
 def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     main(["methods"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("tdm-paper", "tdm-unify", "2503.06674"))
+    assert all(name in printed for name in ("tdm-paper", "tdm-unify", "2503.06674", "fewstep msd METHOD"))

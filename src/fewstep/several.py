@@ -22,6 +22,7 @@ from torch import Tensor
 from fewstep.api import EMOJI, MEMORY_ONLY, STUDENT_FOLDER, RoleOptions, check_sharding, export, load_teacher
 from fewstep.conditions import Encoding, TextOptions
 from fewstep.data.film_clips import FilmClips
+from fewstep.data.pairs import TeacherPairs
 from fewstep.data.prompts import PromptData
 from fewstep.data.real import RealScenes
 from fewstep.data.sources import Prompts
@@ -153,7 +154,9 @@ def distill_part(
     """Train the student of one part of the prompts and save it in `out`/part-<part>/student; returns it loaded.
 
     When all parts are there, `load_student(out)` is all of them together. Parts know nothing of one another, so they
-    may be trained in any order, at once, and on different machines.
+    may be trained in any order, at once, and on different machines. A regression to the teacher's samples
+    (`regression_weight`) has pairs of the prompts of *all* parts: conditions are cut, pairs are not, else modes are
+    lost (card msd.md, section 2).
 
     Args:
         teacher: a loaded teacher, or what `load_teacher` takes.
@@ -227,6 +230,9 @@ def distill_part(
                 "fix: pass real=... in Python, or set gan_weight to 0"
             )
         real = ScenesOfPart(backbone, first.seed, router, part - 1)
+    pairs = None
+    if stages[-1].options.build().needs.pairs:
+        pairs = TeacherPairs(loaded, texts, guidance_scale=dm.guidance_scale, seed=first.seed)
     stages = tuple(replace(stage, options=with_moments(stage.options, Teacher(backbone), own)) for stage in stages)
     shape = {"depth": depth, "width": width} if smaller else {}
     fresh = _fresh_networks(backbone, roles)
@@ -254,7 +260,7 @@ def distill_part(
         return Turn(name, options.build(), seats, settings[name], stage.keeps_critic, hooks)
 
     turns = [turn(stage) for stage in stages]
-    encoding = Encoding.of(backbone, text, out, own, real, own=False)
+    encoding = Encoding.of(backbone, text, out, texts if pairs else own, real, own=False)
     configuration = {**_configuration(backbone, roles, own), "part": part, "parts": router.parts, **shape}
     configuration |= encoding.lossy
     with origin, process_group(backbone.device) as group:
@@ -263,7 +269,7 @@ def distill_part(
         with encoding.ready(group):
             data, noise = PromptData(backbone.encode, own, first.seed), backbone.latent_shape
             result, made = train_in_turn(
-                turns, data, home, noise_shape=noise, real=real, configuration=configuration, resume=resume
+                turns, data, home, noise_shape=noise, real=real, pairs=pairs, configuration=configuration, resume=resume
             )
         _save(result, made, stages[-1].options, home, configuration, group)
     return load_student(home / STUDENT_FOLDER)
@@ -299,7 +305,7 @@ def _begin(
     loaded = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, defer=roles.shard)
     backbone = loaded.backbone
     for settings in train_options:
-        check_sharding(backbone, roles, settings, makes_pairs=False)
+        check_sharding(backbone, roles, settings, makes_pairs=options.build().needs.pairs)
     choose_scheduler(backbone, [options.time_grid(count) for count in options.counts], options.eta, options.chain_noise)
     texts = training_prompts(backbone, prompts)
     require_clips(options, texts)

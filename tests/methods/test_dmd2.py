@@ -141,6 +141,21 @@ def test_no_step_is_simulated_beyond_the_drawn_one_and_no_graph_reaches_back() -
     assert not any(x.requires_grad for _, x, *_ in roles.made("student"))
 
 
+def test_what_the_student_is_asked_about_is_its_own_and_never_data() -> None:
+    """Card item 10: pure noise at the first call and only there, and real data change no point of the path."""
+    method, roles, inputs = DMD2(DMD2Options()), WatchedRoles(Flow()), []
+    for shift in (0.0, 5.0):
+        told = batch(roles)
+        assert told.real is not None
+        other = replace(told, real=(told.real[0] + shift, told.real[1]))
+        path = method.rollout(other, roles, draw())
+        inputs.append([path.input(torch.full((COUNT,), call)) for call in range(4)])
+    noise = draw().normal("noise", (2,), torch.float64)
+    for call, (one, another) in enumerate(zip(*inputs, strict=True)):
+        assert torch.equal(one, another)
+        assert torch.equal(one, noise) == (call == 0)
+
+
 def test_backward_simulation_has_the_students_variance_and_not_the_datas() -> None:
     """Card item 10: at the second call alpha^2 a^2 + sigma^2, where a noised datum has alpha^2 tau^2 + sigma^2."""
     process, count, gain = DiscreteVP.cosine(), 200_000, 0.4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import pytest
@@ -176,10 +177,10 @@ denoised samples weighted alike, as the method does (item 3). Reverse KL is the 
 the card's others weight scores alike, where the reverse KL has several points of rest."""
 
 
-@pytest.mark.parametrize("name", FIXED_POINTS)
-def test_a_gaussian_student_comes_to_rest_where_the_card_says(name: str) -> None:
-    """Forward KL matches the teacher's moments; the others' spread falls in the order of their mode-seeking."""
-    process = VE()
+def pull_on_a_gaussian(name: str, point: Sequence[float], of_scores: bool) -> list[float]:
+    """Mean pull on mean and std of a Gaussian student over EDM's levels; differences of scores weighted alike, or, as
+    in the method, of denoised samples."""
+    process, (mean, std) = VE(), point
     low, high = process.sigma_min ** (1 / 7), process.sigma_max ** (1 / 7)
     sigma = (low + torch.arange(20, 981, 8, dtype=torch.float64) / 999 * (high - low)) ** 7
     means = torch.tensor([[-1.0], [1.5]], dtype=torch.float64)
@@ -189,22 +190,50 @@ def test_a_gaussian_student_comes_to_rest_where_the_card_says(name: str) -> None
     levels = sigma[:, None].expand(-1, len(u))
     t = process.time_of(levels).flatten()
     share = torch.exp(-0.5 * u.square()) / torch.exp(-0.5 * u.square()).sum()
+    spread = (std**2 + levels.square()).sqrt()
+    x = mean + spread * u
+    column = x.flatten()[:, None]
+    log_p = teacher.log_density(column, t, {}).view(x.shape)
+    of_teacher = (teacher(column, t, {}).view(x.shape) - x) / levels.square()
+    log_q = -0.5 * u.square() - spread.log()
+    weight = divergence_weight(name, (log_p - log_q).exp())
+    if not of_scores:
+        weight = levels.square() * weight
+    weighted = share * weight * (of_teacher + u / spread)
+    return [float(weighted.sum(1).mean()), float((weighted * std * u / spread).sum(1).mean())]
 
-    def slope(point: list[float]) -> list[float]:
-        mean, std = point
-        spread = (std**2 + levels.square()).sqrt()
-        x = mean + spread * u
-        column = x.flatten()[:, None]
-        log_p = teacher.log_density(column, t, {}).view(x.shape)
-        of_teacher = (teacher(column, t, {}).view(x.shape) - x) / levels.square()
-        log_q = -0.5 * u.square() - spread.log()
-        weight = levels.square() * divergence_weight(name, (log_p - log_q).exp())  # of scores, as the method has it
-        weighted = share * weight * (of_teacher + u / spread)
-        return [float(weighted.sum(1).mean()), float((weighted * std * u / spread).sum(1).mean())]
 
-    found = root(slope, [-0.2, 1.1], tol=1e-8)
+@pytest.mark.parametrize("name", FIXED_POINTS)
+def test_a_gaussian_student_comes_to_rest_where_the_card_says(name: str) -> None:
+    """Forward KL matches the teacher's moments; the others' spread falls in the order of their mode-seeking."""
+    found = root(lambda point: pull_on_a_gaussian(name, point, of_scores=False), [-0.2, 1.1], tol=1e-8)
     assert found.success
     assert tuple(found.x) == pytest.approx(FIXED_POINTS[name], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "found"),
+    [
+        ("forward_kl", (-0.2500, 1.1931), (-0.2500, 1.1931)),
+        ("jensen_shannon", (-0.2171, 1.1886), (-0.2164, 1.1887)),
+        ("squared_hellinger", (-0.1927, 1.1685), (-0.1906, 1.1689)),
+    ],
+)
+def test_with_scores_weighted_alike_the_calm_divergences_rest_near_the_cards_numbers(
+    name: str, card: tuple[float, float], found: tuple[float, float]
+) -> None:
+    """Item 3's own weights; forward KL rests at the teacher's moments for any."""
+    rest = root(lambda point: pull_on_a_gaussian(name, point, of_scores=True), card, tol=1e-8)
+    assert rest.success
+    assert tuple(rest.x) == pytest.approx(found, abs=1e-4)
+    assert tuple(rest.x) == pytest.approx(card, abs=2.5e-3)
+
+
+def test_with_scores_weighted_alike_the_reverse_kl_does_not_rest_at_the_cards_numbers() -> None:
+    """It has two points of rest, and the card's is between them (docs/findings/dmd2-mixture-critic.md)."""
+    assert pull_on_a_gaussian("reverse_kl", (-0.1206, 1.0114), of_scores=True)[0] == pytest.approx(0.0217, abs=2e-4)
+    for rest in ((0.1001, 1.0806), (-0.2414, 0.9539)):
+        assert max(map(abs, pull_on_a_gaussian("reverse_kl", rest, of_scores=True))) < 1e-4
 
 
 def test_softened_reverse_kl_without_a_discriminators_loss_is_the_exact_adversarial_direction() -> None:
@@ -273,3 +302,20 @@ def test_the_weight_leaves_the_matching_losss_direction_as_it_is() -> None:
     weight = divergence_weight("jensen_shannon", torch.tensor([0.1, 1.0, 5.0, 20.0], dtype=torch.float64))
     (weight * match(sample, direction, normaliser=ones, metric_kind="l2", c=1.0)).sum().backward()
     torch.testing.assert_close(sample.grad, -weight[:, None] * direction / 3)
+
+
+def test_a_class_that_is_rarer_in_the_real_batch_is_taken_for_unlikely() -> None:
+    """Card msd.md, item 8: priors that differ add a constant per class to the logit, which moves the ratio and so the
+    weights, and leaves the reverse KL alone; so a part's discriminator is shown scenes of that part only."""
+    rare = torch.arange(COUNT) % 2 == 0
+    prior = torch.where(rare, 0.2 / 0.5, 0.8 / 0.5).double().log()
+    for name, same in (("reverse_kl", True), ("jensen_shannon", False)):
+        options = replace(PLAIN, gan_weight=0.0, divergence=name)
+        fair, biased = (
+            losses(FDistill(options, lambda x, tau, condition, bias=bias: bias + 0 * tau))[1]
+            for bias in (torch.zeros(COUNT, dtype=torch.float64), prior)
+        )
+        assert torch.equal(fair, biased) == same
+        if not same:
+            change = biased / fair
+            assert change[rare].max() < change[~rare].min()

@@ -13,51 +13,48 @@ from torch import Tensor
 
 import fewstep
 from fewstep.api import RoleOptions
+from fewstep.conditions import TextOptions
 from fewstep.core.process import Flow
 from fewstep.data.prompts import training_captions
 from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import LABEL, MixtureTeacher
+from fewstep.evaluation.known_answers_msd import affine_error, evenly, imitation
 from fewstep.evaluation.toy import LinearStudent, PolynomialCritic, distil
-from fewstep.methods import DecoupledOptions
+from fewstep.methods import DecoupledOptions, preset
 from fewstep.methods.msd import msd_stages
 from fewstep.methods.tdm import TDM
 from fewstep.methods.tdm_options import TDMOptions
 from fewstep.methods.tsm import TSMOptions
 from fewstep.models.router import Router, contiguous_split, pooled
 from fewstep.several import ScenesOfPart, distill_part
+from fewstep.training.log import read_log
 from fewstep.training.options import TrainOptions
 
 WORDS = ["a frog", "a red apple", "a 3d pizza", "a blue frog", "a red pizza", "a background", "on a blue apple", "3d"]
 QUICK = TrainOptions(iterations=2, batch=4, warmup=1, log_every=1, tensorboard=False)
 
 
-def affine_error(conditions: Tensor, part: Tensor) -> float:
-    """Mean square error of the best a y + b for y^2, a and b for each part."""
-    error = torch.zeros_like(conditions)
-    for number in part.unique():
-        y = conditions[part == number]
-        features = torch.stack([y, torch.ones_like(y)], 1)
-        fit = torch.linalg.lstsq(features, y.square()[:, None]).solution
-        error[part == number] = y.square() - (features @ fit)[:, 0]
-    return float(error.square().mean())
-
-
 @pytest.mark.parametrize(("parts", "expected"), [(1, 5.556e-3), (2, 3.472e-4), (4, 2.170e-5), (8, 1.356e-6)])
 def test_contiguous_parts_multiply_capacity_by_k_to_the_fourth(parts: int, expected: float) -> None:
-    """Card 8.3: exactly 1 / (180 K^4), in the limit of many conditions."""
-    y = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
-    part = contiguous_split(y[:, None], parts).part(y[:, None])
-    assert affine_error(y, part) == pytest.approx(1 / (180 * parts**4), rel=1e-4)
-    assert 1 / (180 * parts**4) == pytest.approx(expected, rel=1e-3)
+    """Card 8.3's numbers; that the limit is 1 / (180 K^4) is in the known answers."""
+    y = evenly(40_000)
+    assert affine_error(y, contiguous_split(y[:, None], parts).part(y[:, None])) == pytest.approx(expected, rel=1e-3)
 
 
 def test_random_parts_gain_nothing() -> None:
     """Card 8.3: 1000 classes in 4 parts, contiguous 2.170e-5, random 5.53e-3 (one draw of it)."""
-    y = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    y = evenly(1000)
     contiguous = contiguous_split(y[:, None], 4).part(y[:, None])
     assert affine_error(y, contiguous) == pytest.approx(2.170e-5, rel=1e-3)
     random = contiguous[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
     assert affine_error(y, random) == pytest.approx(5.53e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "copies"])
+def test_a_student_that_is_not_trained_fails_the_known_answer_of_imitation(kind: str) -> None:
+    (answer,) = imitation(Flow(), kind, iterations=0)  # type: ignore[arg-type]
+    assert answer.measured > 0.5
+    assert not answer.passed
 
 
 def test_where_there_is_no_limit_of_capacity_parts_gain_nothing() -> None:
@@ -249,6 +246,37 @@ def test_a_part_is_held_at_moments_measured_for_its_own_prompts(
         made[part] = student.card["details"]["method"]["moment_mean"]
         assert not (tmp_path / f"part-{part}" / "dm" / "checkpoints" / "000002" / "critic.safetensors").exists()
     assert made[1] != made[2]
+
+
+@pytest.mark.parametrize("mode", ["cache", "keep"])
+def test_conditions_are_cut_to_the_part_and_pairs_are_not(
+    tiny_teacher: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Card 8.6: what is matched has prompts of the part alone, what is regressed to has all prompts."""
+    import fewstep.training.phases as phases
+
+    asked: dict[str, set[int]] = {}
+    original = phases.train
+    teacher = fewstep.load_teacher(tiny_teacher)
+    teacher.steps = 1
+
+    def watched(method, roles, data, options, out, hooks, **more):
+        def which(condition: dict[str, Tensor]) -> set[int]:
+            known = teacher.backbone.encode(WORDS)["text_states"]
+            far = (condition["text_states"][:, None] - known[None]).flatten(2).abs().amax(2)
+            return set(far.argmin(1).tolist())
+
+        asked["matched"] = which(data(1, torch.arange(32)))
+        asked["regressed"] = which(more["pairs"](1, torch.arange(32))[2])
+        return original(method, roles, data, options, out, hooks, **more)
+
+    monkeypatch.setattr(phases, "train", watched)
+    distill_part(
+        teacher, 2, out=tmp_path, parts=[WORDS[:5], WORDS[5:]], dm=preset("dmd"), train_options=QUICK,  # type: ignore[arg-type]
+        text=TextOptions(text_encoder=mode),  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert asked == {"matched": {5, 6, 7}, "regressed": set(range(8))}
+    assert read_log(tmp_path / "part-2" / "dm" / "log.jsonl")[-1]["metric/student/regression_loss"] > 0
 
 
 def test_the_discriminator_of_a_part_sees_scenes_of_that_part_alone() -> None:

@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from fewstep.core.prediction import from_denoised
 from fewstep.core.process import DiscreteVP, Flow, Process
 from fewstep.core.renoise import renoise
+from fewstep.core.solvers import ddim, land
 from fewstep.core.streams import Draw, Streams
 from fewstep.core.tensors import Condition, expand
 from fewstep.errors import FewstepError
 from fewstep.evaluation.exact import ring
 from fewstep.evaluation.known_answers_phased import (
     divergence_slopes,
+    four_points,
     resting_laws,
     subinterval_critic,
     two_phase_gaussian,
 )
 from fewstep.losses.critic import exact_target
+from fewstep.losses.divergence import DIVERGENCES
 from fewstep.methods.base import LANDING, Batch
 from fewstep.methods.phased import Phased, PhasedOptions, kl_weight, phased, phased_paper
 
@@ -118,6 +121,44 @@ def test_two_phases_reach_the_data_and_the_second_leaves_the_first_alone() -> No
     """T9."""
     for answer in two_phase_gaussian(Flow()):
         assert answer.passed, f"{answer.name}: {answer.measured:.4g}, expected {answer.limit}"
+
+
+def walked(kind: str, steps: int = 48, top: float = 0.98, floor: float = 0.52) -> Tensor:
+    """T11: where Euler takes 400 starts from near pure noise to just above the boundary 0.5, on four points.
+
+    The velocity is exact, or the mean of a critic's target (the method's, or the `wrong` eps - x_s) over bins of x_t:
+    what a critic of unlimited capacity would learn.
+    """
+    process, count, generator = Flow(), 40_000, torch.Generator().manual_seed(0)
+    teacher = four_points(process)
+    x = torch.linspace(-2, 2, 400, dtype=torch.float64)[:, None]
+    dt = (top - floor) / steps
+    for step in range(steps):
+        t = top - step * dt
+
+        def at(time: float, rows: int = count) -> Tensor:
+            return torch.full((rows,), time, dtype=torch.float64)
+
+        if kind == "exact":
+            velocity = (x - teacher(x, at(t, len(x)), {})) / t
+        else:
+            first, noise = torch.randn(2, count, 1, generator=generator, dtype=torch.float64)
+            x_s = land(process, teacher.sample(count, generator), first, at(0.5))
+            seen = renoise(process, x_s, at(0.5), at(t), noise)
+            told = noise - x_s if kind == "wrong" else (seen - exact_target(process, seen, at(0.5), at(t), noise)) / t
+            edges = torch.quantile(seen[:, 0], torch.linspace(0, 1, 101, dtype=torch.float64)[1:-1])
+            place = torch.bucketize(seen[:, 0].contiguous(), edges)
+            mean = torch.zeros(100, dtype=torch.float64).index_add(0, place, told[:, 0]) / place.bincount(minlength=100)
+            velocity = mean[torch.bucketize(x[:, 0].contiguous(), edges)][:, None]
+        x = x - dt * velocity
+    return x
+
+
+def test_trajectories_of_an_intervals_critic_are_the_teachers_and_those_of_the_wrong_target_are_not() -> None:
+    """T11: rms distance from the same starts."""
+    right = walked("exact")
+    assert float((walked("ours") - right).square().mean().sqrt()) < 0.02
+    assert float((walked("wrong") - right).square().mean().sqrt()) > 0.08
 
 
 def query(process: Process) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -236,6 +277,51 @@ def test_every_call_of_a_phase_jumps_straight_to_its_boundary(process: Process) 
         assert (jumped.t == boundary).all()
         alpha, sigma = process.alpha(jumped.t)[:, None], process.sigma(jumped.t)[:, None]
         torch.testing.assert_close(jumped.x, alpha * jumped.denoised + sigma * jumped.eps_hat)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
+def test_the_path_that_training_walks_is_the_sampler_with_all_experts(process: Process) -> None:
+    """And the last call of each phase lands where sampling goes on: no jump is made but the drawn one."""
+    roles, noise = ExpertRoles(process, [0.625]), draw().normal("noise", (2,), torch.float64)
+    for phase in (1, 2):
+        method = Phased(PhasedOptions(phase=phase))
+        path = method.rollout(batch(), roles, draw())
+        states: list[Tensor] = []
+        ddim(
+            roles.student, noise * process.noise_scale, method.options.time_grid(4), process, {},
+            callback=lambda k, x, denoised, states=states: states.append(x.detach()),
+        )  # fmt: skip
+        for call in range(4):
+            landing = path.landing(torch.full((COUNT,), call))
+            torch.testing.assert_close(landing.x, states[call])
+        last = torch.full((COUNT,), method.options.ends[phase - 1] - 1)
+        torch.testing.assert_close(method._compared(path, path.landing(last), draw()).x, states[int(last[0])])
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_any_divergence_weighs_a_phases_samples_by_the_ratio_at_their_noised_point(name: str) -> None:
+    """By options alone: the reverse KL's loss times a weight of mean 1, which the ratio is asked for at x_tau."""
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def log_ratio(x: Tensor, tau: Tensor, condition: Condition) -> Tensor:
+        asked.append((x, tau))
+        return x.sum(1)
+
+    losses = {}
+    for divergence in ("reverse_kl", name):
+        roles, options = ExpertRoles(Flow(), [0.625]), PhasedOptions(divergence=divergence, normaliser="none")
+        method = Phased(options, log_ratio)
+        losses[divergence] = method.student_loss(method.rollout(batch(), roles, draw()), roles, draw()).values.detach()
+    weight = losses[name] / losses["reverse_kl"]
+    torch.testing.assert_close(weight.mean(), torch.ones((), dtype=torch.float64))
+    if name == "reverse_kl":
+        assert not asked
+        return
+    ((_, x, tau, _),) = roles.made("critic")
+    assert torch.equal(asked[0][0], x)
+    assert torch.equal(asked[0][1], tau)
+    assert float(weight.std()) > 0.01
+    assert Phased(options).needs.discriminator  # without a ratio that is given, a discriminator's
 
 
 @pytest.mark.parametrize(("intervals", "ceilings"), [("nested", (1.0, 1.0)), ("disjoint", (1.0, 0.5))])

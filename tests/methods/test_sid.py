@@ -14,7 +14,7 @@ from sid_toy import COUNT, VARIANTS, WatchedRoles, batch, critic_loss, draw, gra
 from torch import Tensor, nn
 
 from fewstep.core.process import DiscreteVP, Flow, Process
-from fewstep.core.solvers import ddim
+from fewstep.core.solvers import ddim, lcm
 from fewstep.core.streams import Draw
 from fewstep.core.tensors import expand
 from fewstep.evaluation.known_answers_sid import sid_gaussian, sid_gaussian_errors
@@ -158,6 +158,25 @@ def test_without_new_noise_the_chain_is_the_deterministic_sampler() -> None:
     for call in range(3):
         velocity = (inputs[call] - denoised[call]) / grid[call]
         torch.testing.assert_close(inputs[call + 1], inputs[call] + (grid[call + 1] - grid[call]) * velocity)
+
+
+@pytest.mark.parametrize("process", [Flow(), DiscreteVP.cosine()], ids=lambda p: p.name)
+@pytest.mark.parametrize("chain_noise", ["fresh", "fixed"])
+def test_with_new_noise_the_chain_is_the_sampler_that_renoises(chain_noise: Any, process: Process) -> None:
+    """T7: what is compared at call k is what a student of k + 1 calls would make of the same noise."""
+    roles = WatchedRoles(process)
+    _, inputs, denoised = chain(SiDOptions(chain_noise=chain_noise), roles)
+    start = inputs[0] / process.noise_scale
+
+    def noise(call: int, shape: Any) -> Tensor:
+        return start if chain_noise == "fixed" else draw().normal(f"extra {call}", shape, torch.float64)
+
+    seen: list[Tensor] = []
+    lcm(
+        roles.student, inputs[0], SiDOptions().time_grid(4), process, labels(), noise=noise,
+        callback=lambda k, x, predicted: seen.append(predicted.detach()),
+    )  # fmt: skip
+    torch.testing.assert_close(torch.stack(seen), torch.stack(denoised))
 
 
 def test_fixed_noise_is_the_paths_own_first() -> None:

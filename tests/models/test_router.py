@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from tiny_pixart import PROMPTS, assert_latents_close, perturb
 from torch import Tensor
 
@@ -175,6 +176,14 @@ def test_a_smaller_student_trains_saves_and_samples(
         folder = save_student(tmp_path / "student", roles, [grids.uniform(2)], method="tdm")
         student = load_student(folder)
         assert_latents_close(student.denoise(x, t, condition), roles.student(x, t, condition), 1e-6)
+    pipeline = DiffusionPipeline.from_pretrained(folder)  # plain diffusers knows nothing of the teacher's size
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=2, guidance_scale=1, generator=generators, output_type="latent",
+        use_resolution_binning=False,
+    ).images  # fmt: skip
+    assert_latents_close(student.latents(PROMPTS, SEEDS), theirs)
     assert sum(p.numel() for p in student.network.parameters()) < sum(p.numel() for p in backbone.network.parameters())
 
 

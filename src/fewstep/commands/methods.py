@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> None:
         table.add_row(name, what, method.paper, counts, ", ".join(needs), f"{method.forwards():.2f}")
     console = Console()
     console.print(table)
+    print("MSD (arXiv 2410.23274) trains one of these for each part of the prompts: fewstep msd METHOD --part K")
+    print("Parts of one method in another, by options alone: docs/methods.md")
     cited = {paper["arxiv"]: paper for make in available().values() for paper in papers(make().build().paper)}
     console.print("To cite (BibTeX is in the card of a student and in its run.json):")
     for paper in cited.values():

@@ -25,6 +25,7 @@ from fewstep.evaluation.known_answers_fixed_points import (
 )
 from fewstep.evaluation.known_answers_identities import identities
 from fewstep.evaluation.known_answers_mixture import guided_mixture, mixture, steps_aware_mixture
+from fewstep.evaluation.known_answers_msd import imitation, parts_of_conditions
 from fewstep.evaluation.known_answers_phased import resting_laws, subinterval_critic, two_phase_gaussian
 from fewstep.evaluation.known_answers_roles import RUNS, through_roles
 from fewstep.evaluation.known_answers_sid import sid_gaussian
@@ -64,6 +65,9 @@ def quick_checks() -> dict[str, Check]:
     for name, process in (("flow", flow), ("vp", vp)):
         checks[f"decoupled guided Gaussian, {name}, K=2"] = partial(guided_gaussian, process)
     checks["dmd2 Gaussian, flow, K=1"] = partial(dmd2_gaussian, flow, 1, 5e-3)
+    checks["msd parts of conditions"] = parts_of_conditions
+    for name, process in (("flow", flow), ("vp", vp)):
+        checks[f"msd imitation through copies, {name}"] = partial(imitation, process, "copies")
     for loss in ("DMD", "SiD"):
         checks[f"causal law, {loss}"] = partial(causal_law, loss)
     for method, (name, process) in product(RUNS, (("flow", flow), ("vp", vp))):
@@ -94,6 +98,8 @@ def full_checks() -> dict[str, Check]:
     for method, (name, process) in product(RUNS, (("flow", flow), ("vp", vp))):
         if process is vp or method not in _QUICK_THROUGH_ADAPTERS:
             checks[f"{method} through adapters, {name}"] = partial(through_roles, process, method, "adapters")
+    for name, process in (("flow", flow), ("vp", vp)):
+        checks[f"msd imitation through adapters, {name}"] = partial(imitation, process, "adapters")
     return checks
 
 

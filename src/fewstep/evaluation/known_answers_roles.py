@@ -34,7 +34,8 @@ from fewstep.models.backbone import Backbone
 from fewstep.models.roles import Kind, Roles, build_roles
 
 _PROMPT_FACTOR = 2.0  # variance without the prompt over that with it, where a method is guided
-_RANK = 64  # of adapters: the random half of the update then spans most of what the features can say
+RANK = 64
+"""Of adapters: the random half of the update then spans most of what the features can say."""
 
 
 class Network(nn.Module):
@@ -105,7 +106,7 @@ RUNS: dict[str, Callable[[], Run]] = {
         segments=2,
     ),
 }
-"""By method. MSD's students are each trained as DMD2's; teacher score matching changes the network, not the roles."""
+"""By method. MSD's students are each trained as DMD2's; for teacher score matching see `known_answers_msd`."""
 
 
 def through_roles(process: Process, name: str, kind: Kind, method: Method | None = None) -> Iterator[Answer]:
@@ -124,7 +125,7 @@ def through_roles(process: Process, name: str, kind: Kind, method: Method | None
     grid = options.time_grid(options.steps)
     segments = torch.linspace(1, 0, run.segments + 1, dtype=torch.float64)
     network = Network(wider(law, _PROMPT_FACTOR) if guided else law, law, segments)
-    roles = build_roles(cast(Backbone, NetworkBackbone(network, process)), kind, rank=_RANK)
+    roles = build_roles(cast(Backbone, NetworkBackbone(network, process)), kind, rank=RANK)
     own = FDistill(options, exact_ratio(law, roles)) if isinstance(options, FDistillOptions) else options.build()
     alternate(
         method or own,

@@ -317,12 +317,15 @@ def alternate(
     real: RealSamples | None = None,
     pairs: PairSamples | None = None,
 ) -> None:
-    """`distil` for any roles: what is trained of them are the `student` and the `critics`, each with its peak rate."""
+    """`distil` for any roles: what is trained of them are the `student` and the `critics`, each with its peak rate.
+
+    Methods that train no critic have no `critics`.
+    """
     generator = torch.Generator().manual_seed(seed)
     draw = BulkDraw(batch, generator)
     peaks = [float(group["lr"]) for group in (student, *critics)]
     student_adam = torch.optim.Adam([student], betas=(0.0, 0.999))
-    critic_adam = torch.optim.Adam(critics, betas=(0.0, 0.999))
+    critic_adams = [torch.optim.Adam(critics, betas=(0.0, 0.999))] if critics else []
 
     def path() -> Path:
         told = condition(generator) if condition else {}
@@ -339,11 +342,13 @@ def alternate(
     mean = [parameter.detach().clone() for parameter in trained]
     for iteration in range(iterations):
         fade = 0.5 * (1 + math.cos(math.pi * iteration / iterations))
-        for group, peak in zip((*student_adam.param_groups, *critic_adam.param_groups), peaks, strict=True):
+        groups = [group for adam in (student_adam, *critic_adams) for group in adam.param_groups]
+        for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = fade * peak
         walked = path()
         for _ in range(method.critic_updates):
-            update(critic_adam, method.critic_loss(walked, roles, draw))
+            for adam in critic_adams:
+                update(adam, method.critic_loss(walked, roles, draw))
         update(student_adam, method.student_loss(walked, roles, draw))
         for running, parameter in zip(mean, trained, strict=True):
             running.lerp_(parameter.detach(), 1 - average)

@@ -8,6 +8,8 @@ published order is TSM, distribution matching, distribution matching with a disc
 This file has the order of stages. Each stage is an ordinary method, each part an ordinary chain of runs
 (`fewstep.several`), partition and routing are in `models.router`. Sections are those of the card `msd.md`.
 
+A regression to pairs in the dm stage (preset `dmd`) has those of all parts: conditions are cut, pairs are not (card 2).
+
 When not to use it: where one student has capacity to spare, parts gain nothing (card 8.2), and K parts cost K
 trainings. Parts must be contiguous: with random ones each student has as hard a task as one for all (card 8.3).
 """
@@ -61,7 +63,8 @@ def msd_stages(
             the teacher once more would, until it has caught up, leave guidance alone at work.
         tsm: options of the first stage; unless told, the defaults on the time grid of `dm`.
     """
-    require(dm.gan_weight == 0, "gan_weight of the dm stage", dm.gan_weight, "0", "pass it as the adm stage's")
+    fix = "set it to 0 (--gan-weight 0), and pass it as the adm stage's (--adversarial; gan_weight of distill_part)"
+    require(dm.gan_weight == 0, "gan_weight of the dm stage", dm.gan_weight, "0", fix)
     require(gan_weight >= 0, "gan_weight", gan_weight, "0 or more", "0 leaves the stage out")
     first = Stage("tsm", tsm or TSMOptions(steps=dm.steps, shift=dm.shift))
     last = Stage("adm", replace(dm, gan_weight=gan_weight), keeps_critic=True)

@@ -10,6 +10,10 @@ Needs a critic, a teacher whose gradient with respect to its input is defined, a
 At K = 4 with LSG it costs 9.5 expected network forwards per sample and iteration, and, unlike TDM, a backward pass
 through teacher and critic.
 
+The adversarial term differs from theirs: heads on the critic's features (`models.discriminator`) in the place of their
+mean, logits unclipped, and from the first iteration (SiD-DiT: after 40k samples). Calls are logged apart for one step
+count.
+
 Signs of failure: the loss is no measure of progress (near 0 for alpha = 1), watch `fisher`; the mixture may have the
 right law while single calls do not, watch `call_k_denoised_mean` and `call_k_denoised_std`, which should agree over k.
 """

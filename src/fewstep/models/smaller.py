@@ -1,8 +1,9 @@
 """Students with fewer weights than the teacher: the teacher's class with fewer layers or narrower ones.
 
 Depth buys speed everywhere, width not on every machine: MSD's students with 42 % fewer parameters in narrower layers
-are 7 % faster on a GPU (card `msd.md`, section 5). The embedded teacher on one core: half the layers are 55 % of the
-parameters and 1.9 times as fast, half the heads 26 % and 2.4 times; only the former begin as parts of the teacher.
+are 7 % faster on a GPU (card `msd.md`, section 5). The embedded teacher on one core (`benchmarks/smaller_students.py`):
+half the layers are 55 % of the parameters and 2.0 times as fast, half the heads 26 % and 2.7 times; only the former
+begin as parts of the teacher.
 """
 
 from __future__ import annotations
