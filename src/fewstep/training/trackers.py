@@ -39,7 +39,9 @@ class TensorBoard:
     def start(self, folder: Path, configuration: Mapping[str, Any], iteration: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+        # the file is named by the second, which two runs of one process may share
+        suffix = f".{iteration}"
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1, filename_suffix=suffix)
 
     def log(self, iteration: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
