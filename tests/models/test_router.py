@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from tiny_pixart import PROMPTS, assert_latents_close, perturb
 from torch import Tensor
 
+from fewstep.commands.common import load
 from fewstep.core import grids
 from fewstep.errors import FewstepError
 from fewstep.models import Backbone, build_roles, load_student, save_student
@@ -125,6 +126,7 @@ def folder_of_parts(backbone: Backbone, home: Path, steps: tuple[int, ...] = (2,
 def test_each_sample_is_made_by_the_student_of_its_part_and_by_no_other(backbone: Backbone, tmp_path: Path) -> None:
     student = load_student(folder_of_parts(backbone, tmp_path))
     assert isinstance(student, RoutedStudent)
+    assert isinstance(load(str(tmp_path), torch.device("cpu")), RoutedStudent)  # as evaluate and compare take it
     rows: list[int] = []
     for own in student.students:
         own.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))

@@ -81,7 +81,7 @@ def sides_of(model: Teacher | Student) -> dict[str, int]:
 
 
 def load(source: str, device: torch.device, **sides: int) -> Teacher | Student:
-    """A student's folder, a checkpoint of a run, or anything `load_teacher` takes.
+    """A student's folder, or that of MSD's parts, a checkpoint of a run, or anything `load_teacher` takes.
 
     A teacher has its pipeline's size unless `sides` tells another.
 
@@ -91,8 +91,9 @@ def load(source: str, device: torch.device, **sides: int) -> Teacher | Student:
     from fewstep.api import load_teacher
     from fewstep.checkpoints import is_checkpoint, load_checkpoint
     from fewstep.models.export import CARD
+    from fewstep.models.student import ROUTER
 
-    if (Path(source) / CARD).is_file() or is_checkpoint(Path(source)):
+    if any((Path(source) / name).is_file() for name in (CARD, ROUTER)) or is_checkpoint(Path(source)):
         if sides:
             raise FewstepError(
                 f"found {sides} for a student, expected no size, since it has its teacher's, fix: leave it out"
