@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import islice
 
 import pytest
 import torch
@@ -132,6 +133,18 @@ def test_cost_of_a_chunk_and_memory_are_constant_once_the_window_is_full(wan: Ti
     assert len(set(sizes[2:])) == 1
     assert set(wan.frames) == {2}
     assert len(wan.frames) == 60 * 3 + 59
+
+
+def test_a_sink_is_turned_alike_for_every_chunk(wan: TinyWan) -> None:
+    """M2: kept raw and turned when they are read, its keys are those that were turned once, at slots 0 and on."""
+    layout = Layout(2, sink=1, window=1)
+    memory, found = wan.memory(layout), []
+    for _ in islice(stream(memory, wan.noise(layout), GRID, PROCESS), 5):
+        found += [part[0][:, :8] for layer, part in memory._context._read.items() if not layer]  # 2 frames of 4 tokens
+    raw = memory.chunks[0].layers[0][0]
+    once = rotate(raw, rotary_table(range(2), 2, 2, 12, raw))
+    assert len(found) == 4
+    assert all(torch.equal(turned, once) for turned in found)
 
 
 def test_a_later_chunk_has_no_gradient_to_earlier_ones(wan: TinyWan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -94,6 +95,20 @@ def test_the_sink_moves_once_a_chunk_and_takes_clean_chunks(wan: TinyWan) -> Non
         assert memory.chunks[0].layers[0][0] is sink
     memory.remember(wan.video(1, 2))
     torch.testing.assert_close(memory.chunks[0].layers[0][0], (sink + leaving) / 2, **EXACT)
+
+
+def test_a_long_stream_is_bounded() -> None:
+    """R6: over 200 chunks bytes, frames seen, rotary times and forwards are constant once the window is full."""
+    wan, layout = TinyWan(), Layout(1, 1, 1, sink_decay=0.9)
+    memory, sizes, seen = wan.memory(layout), [], []
+    for made in islice(stream(memory, wan.noise(layout), GRID, PROCESS), 200):
+        assert made.isfinite().all()
+        sizes.append(memory.bytes)
+        seen.append(memory.seen_frames)
+        assert max(memory._context._times) < 3
+    assert seen == [1, 2, *[3] * 198]
+    assert len(set(sizes[2:])) == 1
+    assert wan.frames == [1] * (200 * 3 + 199)
 
 
 @pytest.mark.parametrize("decay", [0.99, 0.999])

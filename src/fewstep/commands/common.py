@@ -59,19 +59,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def guidance(model: Teacher | Student, scale: float | None) -> dict[str, Any]:
-    """The argument of `sample` for a guidance scale that the user may have given.
+def guidance(model: Teacher | Student, scale: float | None, motion: float | None = None) -> dict[str, Any]:
+    """The arguments of `sample` for guidance, of text and of motion, that the user may have given.
 
     Raises:
-        FewstepError: a scale for a student.
+        FewstepError: guidance for a student.
     """
     if isinstance(model, Teacher):
-        return {"guidance_scale": scale}
-    if scale not in (None, 1.0):
-        raise FewstepError(
-            f"found guidance_scale {scale} for a student, expected none, since guidance is trained into it, "
-            "fix: leave it out"
-        )
+        return {"guidance_scale": scale} | ({} if motion is None else {"motion_guidance": motion})
+    for name, found, none in (("guidance_scale", scale, 1.0), ("motion_guidance", motion, 0.0)):
+        if found not in (None, none):
+            raise FewstepError(
+                f"found {name} {found} for a student, expected none, since guidance is trained into it, "
+                "fix: leave it out"
+            )
     return {}
 
 

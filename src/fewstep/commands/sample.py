@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from fewstep.api import EMOJI
 from fewstep.commands.common import choose_device, guidance, load, parse
 from fewstep.data.sources import read_prompts
+from fewstep.data.told_files import lasting, read_told
 from fewstep.errors import FewstepError
+from fewstep.models.student import Student
+from fewstep.models.teacher import Teacher
 
 MOST = 10_000
 """Pictures of one call, as they go into one file."""
@@ -29,6 +34,13 @@ class Sample:
     """Solver steps; the model's own unless told (students: those they were trained for)."""
     guidance_scale: float | None = None
     """For teachers only: 1 means none."""
+    tracks: Path | None = None
+    """JSON, `[[x, y], null, ...]` in pixels: where things are to be, frame by frame, in all films that are asked for;
+    for models that are told (docs/video.md)."""
+    drives: Path | None = None
+    """JSON, `[0.5, null, ...]` in [0, 1]: likewise, how loud it is."""
+    motion_guidance: float | None = None
+    """For teachers only, beside --tracks or --drives: guidance of these, 0 means none."""
     height: int = 0
     """For teachers only: in pixels; 0: what the pipeline makes."""
     width: int = 0
@@ -73,8 +85,9 @@ def main(arguments: list[str]) -> None:
         )
     texts = [text for text in texts for _ in range(args.count)]
     sides = {name: getattr(args, name) for name in ("height", "width", "num_frames") if getattr(args, name)}
+    told = read_told(args.tracks, args.drives)
     model = load(args.student, choose_device(args.device), **sides)
-    more = guidance(model, args.guidance_scale)
+    more = guidance(model, args.guidance_scale, args.motion_guidance) | _for_all(told, model, len(texts))
     is_video = model.backbone.output_name == "frames"
     form = args.form or ("webp" if is_video else "png")
     fps = model.backbone.frame_rate if args.fps is None else args.fps
@@ -87,3 +100,13 @@ def main(arguments: list[str]) -> None:
         print(save_samples(args.out, samples, args.columns, fps))
     else:
         print(save_each(args.out, texts, seeds, samples, form, fps))
+
+
+def _for_all(told: dict[str, Tensor], model: Teacher | Student, films: int) -> dict[str, Any]:
+    """What the frames of `films` films are told, all of them the same."""
+    if not told:
+        return {}
+    model.backbone.controls(**{"tracks": None, "drives": None} | told)  # refuses families that read none
+    frames = model.backbone.latent_shape[1]
+    whole = {name: lasting(value, frames) for name, value in told.items()}
+    return {name: value.expand(films, *value.shape[1:]) for name, value in whole.items()}

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from fewstep.attention import CachedMemory
 from fewstep.attention.layout import Kept
 from fewstep.commands.common import choose_device, load, parse
+from fewstep.data.told_files import lasting, read_told
 from fewstep.errors import FewstepError
+from fewstep.streaming.student import CausalStudent
 
 
 @dataclass(kw_only=True)
@@ -38,6 +42,11 @@ class Stream:
     """File to write: .mp4 (needs the extra `video`)."""
     fps: int | None = None
     """Frames a second, 1 to 60; unless told, those that the teacher's family is made for."""
+    tracks: Path | None = None
+    """JSON, `[[x, y], null, ...]` in pixels: where the thing is to be, frame by frame from the first; nothing is said
+    after its end. For students that are told (docs/causal.md)."""
+    drives: Path | None = None
+    """JSON, `[0.5, null, ...]` in [0, 1]: likewise, how loud it is."""
     seed: int = 0
     """Of the noise."""
     steps: int | None = None
@@ -56,12 +65,12 @@ def main(arguments: list[str]) -> None:
     """Parse, stream, write the film; the last process prints how fast it was."""
     from fewstep.streaming.film import FilmFile
     from fewstep.streaming.pipeline import Order, run_chain, shares
-    from fewstep.streaming.student import CausalStudent
     from fewstep.training.parallel import process_group
     from fewstep.training.signals import StopRequest
 
     args = parse(Stream, "stream", arguments)
     _check(args)
+    told = read_told(args.tracks, args.drives)
     device = choose_device(args.device)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     student = load(args.student, device)
@@ -71,6 +80,7 @@ def main(arguments: list[str]) -> None:
         )
     layout = student.endless(sink=args.sink, window=args.window, kept=args.kept)
     memory, noise, grid = student.begin(args.prompt[:1], [args.seed], args.steps, layout)
+    begun = _steering(student, memory, told)
     if processes > 1 and layout.kept == "clean":
         raise FewstepError(
             f"found {processes} processes for a student that reads every finished chunk once more (kept 'clean'), "
@@ -83,7 +93,7 @@ def main(arguments: list[str]) -> None:
     chunks = _length(args, fps, layout.chunk, student.backbone.pipeline.vae_scale_factor_temporal)
     backbone, decode = student.backbone, student.backbone.stream_decoder()
     request = StopRequest()
-    begun, first = time.perf_counter(), 0.0
+    start, first = time.perf_counter(), 0.0
 
     def orders(chunk: int) -> Order:
         number, begins = divmod(chunk, args.every) if args.every else (0, chunk)
@@ -94,7 +104,7 @@ def main(arguments: list[str]) -> None:
     def deliver(latents: Tensor) -> None:
         nonlocal first
         film.write(decode(latents)[0])
-        first = first or time.perf_counter() - begun
+        first = first or time.perf_counter() - start
 
     with ExitStack() as stack:
         stack.callback(request.close)
@@ -102,15 +112,25 @@ def main(arguments: list[str]) -> None:
         if group.rank == group.size - 1:
             stack.enter_context(film)
         made = run_chain(
-            memory, noise, grid, backbone.process, group,
-            orders=orders, tell=lambda prompt: memory.tell(backbone.encode([prompt])), deliver=deliver, eta=student.eta,
+            memory, noise, grid, backbone.process, group, orders=orders,
+            tell=lambda prompt: memory.tell(backbone.encode([prompt])), deliver=deliver, begun=begun, eta=student.eta,
         )  # fmt: skip
     if film.frames:
-        spent = time.perf_counter() - begun
+        spent = time.perf_counter() - start
         print(
             f"{args.out}: {film.frames} frames in {made} chunks, {film.frames / spent:.1f} frames a second, the first "
             f"after {first:.2f} s, {group.size} process{'es' if group.size > 1 else ''}"
         )
+
+
+def _steering(student: CausalStudent, memory: CachedMemory, told: dict[str, Tensor]) -> Callable[[], None] | None:
+    """What tells each chunk its own of the tracks and drives; the same in every process, which all read the files."""
+    if not told:
+        return None
+    student.backbone.controls(**{"tracks": None, "drives": None} | told)  # refuses families that read none
+    chunk = memory.layout.chunk
+    whole = {name: lasting(value, -(-value.shape[1] // chunk) * chunk) for name, value in told.items()}
+    return student.steering(memory, 1, whole.get("tracks"), whole.get("drives"))
 
 
 def _check(args: Stream) -> None:
