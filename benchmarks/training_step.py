@@ -48,13 +48,14 @@ PAPER_SAMPLES = 500 * 32
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc returns what torch frees at once, so that resident memory is what tensors take."""
 _UNTRAINED = {"text_encoder": None, "tokenizer": None, "vae": None}
-_SDXL = {
+SDXL = {
     "sample_size": 128, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816, "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
     "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }  # fmt: skip
+"""What the published U-Net has of its own."""
 
 
 def _pixart(device: str, **config: Any) -> PixArt:
@@ -83,7 +84,7 @@ def _sdxl(device: str) -> StableDiffusionXL:
 
     nothing = dict.fromkeys(("text_encoder_2", "tokenizer_2"))
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    network = _made(device, UNet2DConditionModel, **_SDXL)
+    network = _made(device, UNet2DConditionModel, **SDXL)
     pipeline = StableDiffusionXLPipeline(
         unet=network, scheduler=scheduler, add_watermarker=False, **_UNTRAINED, **nothing
     )

@@ -6,7 +6,9 @@ has 16 transformer blocks in version 1.5 and 70 in XL). Networks are built witho
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -25,6 +27,10 @@ from fewstep.models.stable_diffusion_xl import StableDiffusionXL
 from fewstep.models.wan import Wan
 from fewstep.models.z_image import ZImage
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from training_step import SDXL  # noqa: E402
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 UNET = [
@@ -32,20 +38,13 @@ UNET = [
     "ff_net_0_proj",
     "ff_net_2",
 ]
-_XL = {
-    "sample_size": 128, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816, "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
-    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
 _SD3 = {
     "sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
     "pos_embed_max_size": 192,
 }  # fmt: skip
 PUBLISHED: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "sd15": (StableDiffusion, "UNet2DConditionModel", {"cross_attention_dim": 768}),
-    "sdxl": (StableDiffusionXL, "UNet2DConditionModel", _XL),
+    "sdxl": (StableDiffusionXL, "UNet2DConditionModel", SDXL),
     "sd3-m": (StableDiffusion3, "SD3Transformer2DModel", _SD3),
     "sd3.5-m": (
         StableDiffusion3, "SD3Transformer2DModel",
